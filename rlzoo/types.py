@@ -35,3 +35,79 @@ class Prompt:
     solution: str | None = None
     tags: dict = field(default_factory=dict)
     token_ids: tuple[int, ...] = ()
+
+
+@dataclass
+class Rollouts:
+    """All rollouts drawn in one rollout step (or one round of pilots, or one validation).
+
+    The responses of a prompt are its group; groups are ragged. After `draw`, every rank holds the
+    same Rollouts in the same order, so that whatever is decided from them is decided alike.
+    """
+
+    prompts: list[Prompt]  # P, distinct
+    group_ids: Tensor  # [N] int64, index into prompts
+    responses: list[Tensor]  # N x [L] int64 token ids
+    sampler_logprobs: list[Tensor]  # N x [L] float32 nats, as the engine reports them
+    truncated: Tensor  # [N] bool
+    rewards: Tensor  # [N] float32
+    verdicts: Tensor  # [N] int8, rlzoo.rewards.math.Verdict
+    policy_version: int
+    rollout_step: int
+    num_near_ties: int = 0  # tokens that rounding may decide
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] int64, response tokens."""
+        return torch.tensor([len(r) for r in self.responses], dtype=torch.long)
+
+
+class RolloutBatch:
+    """A microbatch: the rollouts of one `training_step` call.
+
+    A plain class with `.to()`, because precision plugins cast dataclasses and tensors to half
+    precision, `old_logprobs` included. A microbatch with no rollout still has one row, of weight 0
+    and mask False, so that its zero loss hangs on the graph.
+    """
+
+    TENSORS = (
+        "input_ids",  # [B, S] int64, prompt then response, padded on the right
+        "prompt_lengths",  # [B] int64
+        "response_ids",  # [B, T] int64, padded on the right
+        "response_mask",  # [B, T] bool, end-of-sequence token included
+        "weights",  # [B, T] float32, 0 off the response
+        "advantages",  # [B, T] float32
+        "sampler_logprobs",  # [B, T] float32 nats
+        "old_logprobs",  # [B, T] float32 nats
+        "ref_logprobs",  # [B, T] float32 nats
+    )
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    weights: Tensor
+    advantages: Tensor
+    sampler_logprobs: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+
+    def __init__(self, tensors: dict[str, Tensor], divisor: float, last: bool = False) -> None:
+        self.__dict__.update(tensors)
+        self.divisor = divisor  # sum of the optimizer step's weights, all microbatches and ranks
+        self.last = last  # the last microbatch of its rollout step
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.TENSORS}
+
+    def to(self, device: torch.device | str, **_: object) -> RolloutBatch:
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return RolloutBatch(moved, self.divisor, self.last)
+
+    def row_slices(self, max_tokens: int) -> list[slice]:
+        """Runs of rows that hold at most `max_tokens` tokens each (one row at least)."""
+        rows, width = self.input_ids.shape
+        size = max(1, max_tokens // width)
+        return [slice(start, start + size) for start in range(0, rows, size)]

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from rlzoo.data.templates import PromptTemplate
 from rlzoo.errors import UserError
 from rlzoo.types import Prompt
 
@@ -119,7 +120,7 @@ def order_of_operations(rng: random.Random, level: int) -> Problem:
 
 
 def remainders(rng: random.Random, level: int) -> Problem:
-    """Remainder of a 2- to 6-digit number by a one-digit one, digit by digit as in long division."""
+    """Remainder of a 2- to 6-digit number by a one-digit one, by long division."""
     divisor = rng.randint(3, 9)
     number = rng.randint(10**level, 10 ** (level + 1) - 1)
 
@@ -238,6 +239,7 @@ class ArithmeticPrompts:
         seed: of the problems; the same seed gives the same prompts anywhere.
         families: names from FAMILIES.
         levels: difficulties from 1 to 5.
+        template: how a question becomes tokens; the bare question by default.
 
     Raises:
         UserError: a family, level or count that does not exist.
@@ -251,6 +253,7 @@ class ArithmeticPrompts:
         seed: int = 0,
         families: tuple[str, ...] = tuple(FAMILIES),
         levels: tuple[int, ...] = LEVELS,
+        template: PromptTemplate | None = None,
     ) -> None:
         for family in families:
             if family not in FAMILIES:
@@ -263,13 +266,16 @@ class ArithmeticPrompts:
             if count < 1:
                 raise UserError(f"data.num_{split} must be at least 1, got {count}.")
         self.seed, self.families, self.levels = seed, tuple(families), tuple(levels)
+        self.template = template or PromptTemplate()
 
     def load(self, split: str) -> list[Prompt]:
         """The prompts of one split, family and level in turn.
 
         Raises:
-            UserError: fewer distinct problems exist than were asked for.
+            UserError: no such split, or fewer distinct problems than were asked for.
         """
+        if split not in self.counts:
+            raise UserError(f"data has no split {split!r}; there are {list(self.counts)}.")
         found = []
         for family, level, problem in problems(split, self.seed, self.families, self.levels):
             found.append(to_prompt(family, level, problem))
@@ -290,30 +296,31 @@ class ArithmeticCorpus:
 
     With difficulty d = (level - 1) / 4, a solution is
       - hasty, with probability `hasty[0] + (hasty[1] - hasty[0]) * d`: no chain, and a guess,
-        which is off by a little with probability `guess_off[0] + (guess_off[1] - guess_off[0]) * d`;
-      - else slipping, with probability `sloppy`: each step is off with probability `slip_rate`
-        and the chain goes on from the wrong value;
+        which is off by a little with probability
+        `guess_off[0] + (guess_off[1] - guess_off[0]) * d`;
+      - else slipping, with probability `sloppy`: each step is off with probability
+        `slip_rate[0] + (slip_rate[1] - slip_rate[0]) * d` and the chain goes on from there;
       - else careful.
 
     Args:
         num_examples: size of the training corpus.
         seed: of problems and habits.
-        hasty, guess_off: probabilities at level 1 and level 5.
-        sloppy, slip_rate: probabilities.
+        hasty, guess_off, slip_rate: probabilities at level 1 and level 5.
+        sloppy: probability.
     """
 
     def __init__(
         self,
         num_examples: int = 200_000,
         seed: int = 1,
-        hasty: tuple[float, float] = (0.1, 0.5),
-        guess_off: tuple[float, float] = (0.2, 0.95),
-        sloppy: float = 0.5,
-        slip_rate: float = 0.25,
+        hasty: tuple[float, float] = (0.1, 0.7),
+        guess_off: tuple[float, float] = (0.3, 0.95),
+        sloppy: float = 0.9,
+        slip_rate: tuple[float, float] = (0.2, 0.5),
     ) -> None:
         self.num_examples, self.seed = num_examples, seed
         self.hasty, self.guess_off = tuple(hasty), tuple(guess_off)
-        self.sloppy, self.slip_rate = sloppy, slip_rate
+        self.sloppy, self.slip_rate = sloppy, tuple(slip_rate)
 
     def __len__(self) -> int:
         return self.num_examples
@@ -333,7 +340,7 @@ class ArithmeticCorpus:
         if rng.random() < between(self.hasty):
             answer = problem.solve(Work())
             return write([], off_by_a_little(answer, rng, between(self.guess_off)))
-        rate = self.slip_rate if rng.random() < self.sloppy else 0.0
+        rate = between(self.slip_rate) if rng.random() < self.sloppy else 0.0
         work = Work(slip=lambda value: off_by_a_little(value, rng, rate))
         answer = problem.solve(work)
         return write(work.lines, answer)

@@ -1,0 +1,66 @@
+# Two commands on a fresh machine (Linux x86-64, Python 3.11): `make run` and `make test`.
+#
+#   ARGS      Hydra overrides of `make run`:  make run ARGS="seed=1 run_dir=outputs/mine"
+#   PIP_ARGS  options for pip install, such as the index that has torch's CPU build
+#   PYTHON    the interpreter that makes .venv
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP_ARGS ?=
+ARGS ?=
+STAMP := .venv/.installed
+PIP_INSTALL := .venv/bin/python -m pip install --no-deps
+
+.PHONY: help venv run test test-all lock clean
+
+help:
+	@echo "make run [ARGS=\"key=value ...\"]  set up .venv and run the main job"
+	@echo "make test                        set up .venv and run the tests that are not slow"
+	@echo "make test-all                    set up .venv and run every test"
+	@echo "make venv [PIP_ARGS=...]         set up .venv from requirements/cpu.txt"
+	@echo "make lock [PIP_ARGS=...]         make requirements/cpu.txt anew from requirements/cpu.in"
+	@echo "make clean                       remove build products and caches; .venv and outputs stay"
+
+venv: $(STAMP)
+
+# --use-pep517: without it, what pip does with a source distribution depends on pip's age.
+$(STAMP): requirements/build.txt requirements/cpu.txt requirements/check.py \
+		setup.py setup.cfg pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "make venv: rlzoo needs Python 3.11 or newer, found '$(PYTHON)'." \
+			"Install python3.11 or name one: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up .venv from requirements/cpu.txt (once; a few minutes)"
+	"$(PYTHON)" -m venv .venv
+	$(PIP_INSTALL) -r requirements/build.txt $(PIP_ARGS)
+	$(PIP_INSTALL) --no-build-isolation --use-pep517 -r requirements/cpu.txt $(PIP_ARGS)
+	$(PIP_INSTALL) --no-build-isolation --use-pep517 -e .
+	.venv/bin/python requirements/check.py
+	@touch $@
+
+run: venv
+	.venv/bin/python -m rlzoo.run algo=grpo sampler=gvm $(ARGS)
+
+test: venv
+	.venv/bin/python -m pytest
+
+test-all: venv
+	.venv/bin/python -m pytest -m ""
+
+# The newest versions that setup.cfg and cpu.in allow, resolved in a throw-away environment. Use an
+# index that has torch's CPU build, or the lock fills with CUDA libraries. A local suffix (+cpu)
+# is cut off: it names a build, and PIP_ARGS chooses that. setuptools is pinned in build.txt.
+lock:
+	rm -rf build/lock && "$(PYTHON)" -m venv build/lock
+	build/lock/bin/python -m pip install -r requirements/build.txt $(PIP_ARGS)
+	build/lock/bin/python -m pip install --no-build-isolation --use-pep517 \
+		-r requirements/cpu.in $(PIP_ARGS)
+	{ echo "# Made by make lock from requirements/cpu.in: complete, so install it with --no-deps." \
+		&& build/lock/bin/python -m pip freeze --exclude rlzoo --exclude setuptools \
+		| sed 's/+[A-Za-z0-9.]*$$//'; } > build/lock/cpu.txt
+	mv build/lock/cpu.txt requirements/cpu.txt && rm -rf build/lock
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	find rlzoo conf tests -name __pycache__ -prune -exec rm -rf {} +

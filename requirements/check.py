@@ -1,0 +1,67 @@
+"""Says whether the virtual environment holds what requirements/cpu.txt asks for.
+
+Run by `make venv` with the environment's own Python; needs no package. Exits 1, with one
+message, where torch is not the one locked, and warns about what `pip check` finds.
+"""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+LOCK = Path(__file__).with_name("cpu.txt")
+MEND = (
+    "Name a package index, or a folder of wheels, that has the CPU build of torch:\n"
+    "    make venv PIP_ARGS='--extra-index-url URL'\n"
+    "    make venv PIP_ARGS='--find-links FOLDER'"
+)
+
+
+def locked_version(package: str, lock: Path) -> str:
+    """The version that the lock pins `package` to; ValueError where it pins none."""
+    match = re.search(rf"^{re.escape(package)}==(\S+)", lock.read_text(), re.MULTILINE)
+    if match is None:
+        raise ValueError(f"{lock} pins no {package}: make the lock anew with `make lock`.")
+    return match[1]
+
+
+def torch_problem(lock: Path) -> str | None:
+    """One message where torch is not the one locked or does not import, else None."""
+    wanted = locked_version("torch", lock)
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        return f"torch {wanted} is locked, but .venv holds no torch.\n{MEND}"
+    if found.partition("+")[0] != wanted:
+        return f"torch {wanted} is locked, but .venv holds torch {found}.\n{MEND}"
+    # In a process of its own: a build for another machine may also die of a signal.
+    probe = subprocess.run(
+        [sys.executable, "-c", "import torch"], capture_output=True, text=True, check=False
+    )
+    if probe.returncode != 0:
+        reason = (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[-1]
+        return (
+            f"torch {found} is installed but cannot be imported ({reason}).\n"
+            "It is probably the CUDA build, whose libraries the CPU lock leaves out.\n"
+            f"{MEND}"
+        )
+    return None
+
+
+def main() -> int:
+    problem = torch_problem(LOCK)
+    if problem is not None:
+        print(f"\nmake venv: {problem}", file=sys.stderr)
+        return 1
+    pip_check = subprocess.run(
+        [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False
+    )
+    if pip_check.returncode != 0:
+        print(f"make venv: warning, pip check found:\n{pip_check.stdout}", file=sys.stderr)
+    print(f".venv is ready: torch {version('torch')}, as locked.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rlzoo.algos.base import PolicyAlgorithm
+from rlzoo.errors import UserError
+from rlzoo.losses import LossOutput, clipped_surrogate_loss
+from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch
+
+
+class ClippedPolicyAlgorithm(PolicyAlgorithm):
+    """Base of the algorithms that minimise PPO's clipped surrogate (arXiv:1707.06347 Eq. 7).
+
+    Args:
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: bounds the loss at -A * dual_clip where A < 0; null is off.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyFactory,
+        optimizer: OptimizerFactory,
+        *,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = None,
+        **shared: Any,
+    ) -> None:
+        super().__init__(policy, optimizer, **shared)
+        if not 0 < clip_low < 1:
+            raise UserError(
+                f"algo.clip_low must be in (0, 1), got {clip_low}: the ratio is clipped from"
+                " below at 1 - clip_low, which has to stay positive. PPO uses 0.2."
+            )
+        if clip_high <= 0:
+            raise UserError(f"algo.clip_high must be above 0, got {clip_high}. PPO uses 0.2.")
+        if dual_clip is not None and dual_clip <= 1:
+            raise UserError(
+                f"algo.dual_clip must be above 1 or null, got {dual_clip}: it bounds a loss that"
+                " is at least -A at ratio 1. Released code uses 3."
+            )
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+
+    def policy_loss(self, logprobs: Tensor, batch: RolloutBatch) -> LossOutput:
+        return clipped_surrogate_loss(
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.weights,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+        )

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rlzoo.advantages import group_advantages, split_groups
+from rlzoo.algos.base import check_choice
+from rlzoo.algos.clipped import ClippedPolicyAlgorithm
+from rlzoo.errors import UserError
+from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
+
+
+class GRPO(ClippedPolicyAlgorithm):
+    """Group Relative Policy Optimization (arXiv:2402.03300).
+
+    Trains on every rollout, credits each with its reward standardised within its group, and
+    minimises PPO's clipped surrogate plus a KL term to the initial policy (`kl_coef`, in the base
+    class). Departs from the paper: tokens are averaged over the whole optimizer step, not first
+    within each response, so tokens of long responses weigh as much as others.
+
+    Args:
+        scale_by_std: False is Dr. GRPO's unscaled advantage (arXiv:2503.20783).
+        singleton: advantage of a group of one, "zero" or its "reward" (released code).
+        group_size: cuts larger groups into groups of at most this many before standardising
+            (the paper's GVM-GRPO has 4, arXiv:2505.02391); null keeps one group per prompt.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyFactory,
+        optimizer: OptimizerFactory,
+        *,
+        scale_by_std: bool = True,
+        singleton: str = "zero",
+        group_size: int | None = None,
+        **shared: Any,
+    ) -> None:
+        super().__init__(policy, optimizer, **shared)
+        check_choice("algo.singleton", singleton, ("zero", "reward"))
+        if group_size is not None and group_size < 2:
+            raise UserError(
+                f"algo.group_size must be at least 2 or null, got {group_size}: a group of one has"
+                " nothing to be compared with."
+            )
+        self.scale_by_std, self.singleton, self.group_size = scale_by_std, singleton, group_size
+
+    def compute_advantages(self, rollouts: Rollouts) -> Tensor:
+        groups = rollouts.group_ids
+        if self.group_size is not None:
+            groups = split_groups(groups, self.group_size)
+        return group_advantages(
+            rollouts.rewards, groups, scale_by_std=self.scale_by_std, singleton=self.singleton
+        )

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlzoo.algos.clipped import ClippedPolicyAlgorithm
+from rlzoo.selection import correct
+from rlzoo.types import Rollouts
+
+
+class RAFTPlusPlus(ClippedPolicyAlgorithm):
+    """RAFT++ (arXiv:2504.11343 Eq. 6): RAFT with importance ratio and clipping.
+
+    Trains on the correct rollouts alone, credits each with 1, and minimises the clipped surrogate.
+    Departs from the letter of the paper: the indicator is "correct", not "of the largest reward
+    of its group", which would select every rollout of an all-wrong group.
+    """
+
+    def compute_advantages(self, rollouts: Rollouts) -> Tensor:
+        return correct(rollouts.rewards).float()
+
+    def select(self, rollouts: Rollouts) -> Tensor:
+        return correct(rollouts.rewards)

@@ -1,0 +1,5 @@
+from rlzoo.allocators.base import Allocator
+from rlzoo.allocators.gvm import GVM
+from rlzoo.allocators.uniform import Uniform
+
+__all__ = ["GVM", "Allocator", "Uniform"]

@@ -1,0 +1,118 @@
+"""GVM's budgets: Proposition 1 of arXiv:2505.02391."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlzoo.allocators.base import round_to_total
+from rlzoo.errors import UserError
+
+
+def gvm_weights(
+    accept_rates: np.ndarray, grad_norms: np.ndarray, alpha: float, beta: float
+) -> np.ndarray:
+    """w_i = G_i / sqrt(p_i + alpha / p_i^(beta - 1)), 0 where p_i or G_i is 0 (Proposition 1).
+
+    Args:
+        accept_rates: [P] p_i in [0, 1], share of pilots that were correct.
+        grad_norms: [P] G_i >= 0, mean gradient norm of correct pilots.
+        alpha, beta: damp prompts that are nearly hopeless.
+    """
+    p = np.where(accept_rates > 0, accept_rates, 1.0)
+    weights = grad_norms / np.sqrt(p + alpha / p ** (beta - 1))
+    return np.where(accept_rates > 0, weights, 0.0)
+
+
+def gvm_budgets(
+    accept_rates: np.ndarray,
+    grad_norms: np.ndarray,
+    total: int,
+    *,
+    alpha: float = 1e-3,
+    beta: float = 2.0,
+    n_min: int = 0,
+    n_max: int | None = None,
+) -> list[int]:
+    """Budgets in proportion to `gvm_weights`, exact in sum; uniform if no weight is positive.
+
+    Args:
+        total: responses to share out.
+        n_min: floor for every prompt, unsolved ones included.
+        n_max: ceiling for every prompt; null is none, as in the paper.
+    """
+    weights = gvm_weights(accept_rates, grad_norms, alpha, beta)
+    if weights.sum() == 0:
+        weights = np.ones_like(weights)
+    return round_to_total(weights / weights.sum(), total, low=n_min, high=n_max)
+
+
+class GVM:
+    """Gives more responses to prompts whose gradient is large or hard to come by.
+
+    A prompt none of whose pilots was correct gets `n_min` responses: 0 drops it for the epoch, as
+    the paper does (`unsolved = drop`); a floor lets it come back.
+
+    Args:
+        alpha, beta: of Proposition 1; the paper has 1e-3 and 2.
+        n_min, n_max: bounds of a prompt's budget; the paper has none.
+    """
+
+    def __init__(
+        self, alpha: float = 1e-3, beta: float = 2.0, n_min: int = 0, n_max: int | None = None
+    ) -> None:
+        if alpha <= 0:
+            raise UserError(f"sampler.allocator.alpha must be above 0, got {alpha}.")
+        if beta < 2:
+            raise UserError(
+                f"sampler.allocator.beta must be at least 2, got {beta} (arXiv:2505.02391 Eq. 7)."
+            )
+        if n_min < 0:
+            raise UserError(f"sampler.allocator.n_min must be at least 0, got {n_min}.")
+        if n_max is not None and n_max < max(1, n_min):
+            raise UserError(
+                f"sampler.allocator.n_max must be null or at least {max(1, n_min)}, got {n_max}."
+            )
+        self.alpha, self.beta, self.n_min, self.n_max = alpha, beta, n_min, n_max
+        self.accept_rates: dict[str, float] = {}
+        self.grad_norms: dict[str, float] = {}
+
+    def observe(
+        self,
+        prompt_ids: Sequence[str],
+        rewards: Sequence[Sequence[float]],
+        lengths: Sequence[Sequence[int]],
+        grad_norms: Sequence[float] | None = None,
+    ) -> None:
+        """Keeps the latest round of pilots alone: older ones are of another policy."""
+        self.accept_rates = {
+            prompt_id: float(np.mean(np.asarray(reward) > 0.5))
+            for prompt_id, reward in zip(prompt_ids, rewards, strict=True)
+        }
+        self.grad_norms = dict(zip(prompt_ids, map(float, grad_norms), strict=True))
+
+    def allocate(self, prompt_ids: Sequence[str], total: int, round_: int = 0) -> list[int]:
+        if self.n_max is not None and self.n_max * len(prompt_ids) < total:
+            raise UserError(
+                f"sampler.allocator.n_max={self.n_max} is too small: {len(prompt_ids)} prompts"
+                f" have to share {total} responses."
+            )
+        return gvm_budgets(
+            np.array([self.accept_rates[i] for i in prompt_ids]),
+            np.array([self.grad_norms[i] for i in prompt_ids]),
+            total,
+            alpha=self.alpha,
+            beta=self.beta,
+            n_min=self.n_min,
+            n_max=self.n_max,
+        )
+
+    def done(self, prompt_id: str) -> bool:
+        return True
+
+    def state_dict(self) -> dict:
+        return {"accept_rates": dict(self.accept_rates), "grad_norms": dict(self.grad_norms)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.accept_rates, self.grad_norms = state["accept_rates"], state["grad_norms"]

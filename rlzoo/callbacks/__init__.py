@@ -1,0 +1,19 @@
+from rlzoo.callbacks.checkpoint import Checkpoint
+from rlzoo.callbacks.export import Export
+from rlzoo.callbacks.gvm import GVM
+from rlzoo.callbacks.replan import Replan
+from rlzoo.callbacks.rollout_log import RolloutLog
+from rlzoo.callbacks.sft_log import SFTLog
+from rlzoo.callbacks.validation import Validation
+from rlzoo.callbacks.weight_sync import WeightSync
+
+__all__ = [
+    "GVM",
+    "Checkpoint",
+    "Export",
+    "Replan",
+    "RolloutLog",
+    "SFTLog",
+    "Validation",
+    "WeightSync",
+]

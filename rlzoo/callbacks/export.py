@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from transformers import PreTrainedTokenizerBase
+
+
+class Export(Callback):
+    """Writes the final policy and its tokenizer to `policy/`, in Hugging Face format.
+
+    Args:
+        run_dir: where `policy/` goes.
+        tokenizer: saved beside the weights.
+    """
+
+    def __init__(self, run_dir: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.folder, self.tokenizer = Path(run_dir) / "policy", tokenizer
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            pl_module.policy.save_pretrained(self.folder)
+            self.tokenizer.save_pretrained(self.folder)

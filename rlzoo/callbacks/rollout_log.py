@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from lightning import LightningModule, Trainer
+
+from rlzoo.advantages import group_stats
+from rlzoo.callbacks.boundary import BoundaryCallback
+from rlzoo.distributed import world
+from rlzoo.errors import UserError
+from rlzoo.loggers import CSVLogger
+from rlzoo.rewards.math import Verdict
+from rlzoo.types import Rollouts
+
+
+class RolloutLog(BoundaryCallback):
+    """Writes what happened in a rollout step: loggers, `ledger.csv`, `rollouts/`, the step line.
+
+    Args:
+        run_dir: where the files go.
+        rollouts_every: rollout steps between two files of rollouts; 0 writes none.
+    """
+
+    def __init__(self, run_dir: str, rollouts_every: int = 1) -> None:
+        if rollouts_every < 0:
+            raise UserError(
+                f"callbacks.rollout_log.rollouts_every must be at least 0, got {rollouts_every}."
+            )
+        self.run_dir, self.rollouts_every = Path(run_dir), rollouts_every
+        self.ledger_csv = CSVLogger(run_dir, "ledger.csv")
+        self.phases: Counter[str] = Counter()  # seconds by phase up to the last row
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule
+        if world()[0] == 0:
+            self.remove_later_files(data.rollout_step, data.epoch + data.epoch_in_progress())
+        if data.row:  # the validation before the first update
+            self.write_row(trainer, {})
+
+    def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule
+        row = rollout_figures(data.rollouts) | pl_module.means.compute() | pl_module.gap
+        if pl_module.grad_norms:
+            row["grad_norm"] = sum(pl_module.grad_norms) / len(pl_module.grad_norms)
+        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        pl_module.means.reset()
+        pl_module.grad_norms.clear()
+        self.write_row(trainer, row)
+        if self.rollouts_every and data.rollout_step % self.rollouts_every == 0:
+            self.write_rollouts(data.rollouts, data.drawer.tokenizer)
+
+    def write_row(self, trainer: Trainer, figures: dict[str, float]) -> None:
+        data = trainer.datamodule
+        if world()[0] != 0:
+            return
+        spent = data.ledger.row()
+        row = {"rollout_step": data.rollout_step, "epoch": data.epoch} | figures | data.row
+        row |= {name: value for name, value in spent.items() if not name.startswith("time/")}
+        row |= self.phase_seconds(data.ledger.phases)
+        row["time/seconds"] = data.ledger.seconds
+        if data.rollouts and row.get("time/sampling"):
+            drawn = int(data.rollouts.lengths.sum())
+            row["time/tokens_per_second"] = drawn / row["time/sampling"]
+        for logger in trainer.loggers:
+            logger.log_metrics(row, data.rollout_step)
+        self.ledger_csv.log_metrics({"rollout_step": data.rollout_step} | spent)
+        data.bars.print_step(row)
+        data.last_row, data.row = row, {}
+
+    def phase_seconds(self, phases: Counter[str]) -> dict[str, float]:
+        """Seconds of each phase since the last row."""
+        spent = {f"time/{name}": value - self.phases[name] for name, value in phases.items()}
+        self.phases = Counter(phases)
+        return dict(sorted(spent.items()))
+
+    def write_rollouts(self, rollouts: Rollouts, tokenizer: object) -> None:
+        if world()[0] != 0:
+            return
+        prompts = [rollouts.prompts[g] for g in rollouts.group_ids.tolist()]
+        columns = {
+            "rollout_step": [rollouts.rollout_step] * len(rollouts),
+            "policy_version": [rollouts.policy_version] * len(rollouts),
+            "prompt_id": [prompt.id for prompt in prompts],
+            "question": [prompt.question for prompt in prompts],
+            "answer": [prompt.answer for prompt in prompts],
+            "response": [tokenizer.decode(r) for r in rollouts.responses],
+            "reward": rollouts.rewards.tolist(),
+            "verdict": [Verdict(v).name.lower() for v in rollouts.verdicts.tolist()],
+            "length": rollouts.lengths.tolist(),
+            "truncated": rollouts.truncated.tolist(),
+        }
+        folder = self.run_dir / "rollouts"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step_{rollouts.rollout_step:06d}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+    def remove_later_files(self, rollout_step: int, epoch: int) -> None:
+        """Removes what an interrupted run wrote after the checkpoint that is resumed."""
+        for folder, first in (("rollouts", rollout_step), ("budgets", epoch)):
+            for path in (self.run_dir / folder).glob("*.parquet"):
+                if int(path.stem.rpartition("_")[2]) >= first:
+                    path.unlink()
+
+    def state_dict(self) -> dict:
+        return {"ledger_csv": self.ledger_csv.state_dict(), "phases": dict(self.phases)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.ledger_csv.load_state_dict(state["ledger_csv"])
+        self.phases = Counter(state["phases"])
+
+
+def rollout_figures(rollouts: Rollouts) -> dict[str, float]:
+    """What a rollout step's row says of its rollouts; no rollouts give counts of 0 alone."""
+    budgets = torch.bincount(rollouts.group_ids, minlength=len(rollouts.prompts)).double()
+    figures = {
+        "num_rollouts": len(rollouts),
+        "num_groups": len(rollouts.prompts),
+        "near_ties": rollouts.num_near_ties,
+        "policy_version": rollouts.policy_version,
+    }
+    if not len(rollouts):
+        return figures
+    lengths, rewards = rollouts.lengths.double(), rollouts.rewards.double()
+    degenerate = group_stats(rewards, rollouts.group_ids).degenerate.double()
+    share = lambda flags: float(flags.double().mean())  # noqa: E731
+    return figures | {
+        "reward": float(rewards.mean()),
+        "accept_rate": share(rollouts.verdicts == Verdict.RIGHT),
+        "unverifiable": share(rollouts.verdicts == Verdict.UNVERIFIABLE),
+        "truncated": share(rollouts.truncated),
+        "length/mean": float(lengths.mean()),
+        "length/max": float(lengths.max()),
+        "degenerate_groups": float((degenerate / budgets[rollouts.group_ids]).sum() / len(budgets)),
+        "budget/min": float(budgets.min()),
+        "budget/mean": float(budgets.mean()),
+        "budget/max": float(budgets.max()),
+    }

@@ -1,0 +1,188 @@
+"""Where the configuration lies, and what to say of overrides that do not fit it."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf
+
+from rlzoo.errors import UserError
+
+MIN_LIKENESS = 0.7  # of two names, by difflib's ratio, for one to be offered for the other
+
+
+def conf_dir() -> Path:
+    """The folder that holds train.yaml and the config groups.
+
+    A wheel holds it as rlzoo/conf; a checkout and an editable install have it beside the
+    package.
+
+    Raises:
+        UserError: neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    # The package's own first: a stranger's `conf` may lie beside an installed rlzoo.
+    places = [package / "conf", package.parent / "conf"]
+    for place in places:
+        if (place / "train.yaml").is_file():
+            return place
+    raise UserError(
+        f"conf/train.yaml is neither in {places[0]} nor in {places[1]}: this installation of"
+        " rlzoo is incomplete. Install it again, or restore conf/ from the repository."
+    )
+
+
+def near_matches(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Up to `limit` names out of `known` that `name` may have been meant for, best first.
+
+    A dotted key is also found by its last part alone: `lr` finds `algo.optimizer.lr`.
+    """
+
+    def likeness(key: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, name, key).ratio()
+        last = difflib.SequenceMatcher(None, _last_part(name), _last_part(key)).ratio()
+        return max(whole, last), whole
+
+    scored = {key: likeness(key) for key in known if key != name}
+    close = [key for key, score in scored.items() if score[0] >= MIN_LIKENESS]
+    return sorted(close, key=lambda key: scored[key], reverse=True)[:limit]
+
+
+def _last_part(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def check_overrides(
+    overrides: Sequence[str], config_name: str = "train", config_dir: Path | None = None
+) -> None:
+    """Compose the configuration once, to say in one message what does not fit it.
+
+    Args:
+        overrides: Hydra overrides, as on the command line: `key=value`, `group=option`,
+            `+new=value`, `~key`. Nothing is checked if one of them is a flag (`--multirun`,
+            `--config-dir`, ...): flags change what is composed, so Hydra itself has the word.
+        config_name: the primary config, without `.yaml`.
+        config_dir: the folder it lies in; `conf_dir()` if None.
+
+    Raises:
+        UserError: an override is malformed, or names an unknown group option or key, or a
+            config file is not valid YAML. The message names the nearest existing names.
+    """
+    if any(override.startswith("-") for override in overrides):
+        return
+    directory = (config_dir or conf_dir()).resolve()
+    with initialize_config_dir(version_base="1.3", config_dir=str(directory)):
+        try:
+            _compose(config_name, overrides)
+        except OverrideParseException as error:
+            raise UserError(_syntax_message(error)) from error
+        except (HydraException, ValueError) as error:
+            raise UserError(_misfit_message(error, config_name, overrides)) from error
+        except yaml.YAMLError as error:
+            raise UserError(f"A configuration file is not valid YAML: {error}") from error
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    return compose(config_name, overrides=list(overrides), return_hydra_config=True)
+
+
+def _syntax_message(error: OverrideParseException) -> str:
+    return (
+        f"{error.override!r} is not an override that Hydra can read. Write key=value, without"
+        " spaces around '='; a value that holds a space or one of ,=:(){}[] needs quotes for"
+        " Hydra and for the shell: \"key='a, b'\"."
+    )
+
+
+def _misfit_message(
+    error: HydraException | ValueError, config_name: str, overrides: Sequence[str]
+) -> str:
+    """The message for overrides that can be read but do not fit the configuration."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for override in parsed:
+        if override.is_sweep_override():
+            return (
+                f"{override.input_line!r} names several values, which only a sweep can run: add"
+                f" --multirun, or quote a list as \"{override.key_or_group}=[a,b]\"."
+            )
+    if isinstance(error, MissingConfigException):
+        return _missing_option_message(error, parsed)
+    culprits = [override for override in parsed if f"'{override.key_or_group}'" in str(error)]
+    if isinstance(error, ConfigCompositionException) and culprits and _changes(culprits[0]):
+        return _unknown_key_message(culprits[0], config_name, parsed)
+    given, reason = " ".join(overrides), " ".join(str(error).split())
+    return f"The configuration {config_name!r} cannot be composed from {given!r}: {reason}"
+
+
+def _changes(override: Override) -> bool:
+    return not (override.is_add() or override.is_force_add())
+
+
+def _missing_option_message(error: MissingConfigException, parsed: Sequence[Override]) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    asked = [override for override in parsed if override.key_or_group == group]
+    if not asked or not error.options:
+        # A config file's own defaults list, or the primary config, names what is not there.
+        return " ".join(str(error).split())
+    near = near_matches(option, error.options)
+    return (
+        f"{asked[0].input_line}: there is no {option!r} in the config group {group!r}."
+        f"{_did_you_mean(f'{group}={name}' for name in near)}"
+        f" It has: {', '.join(sorted(error.options))}."
+    )
+
+
+def _unknown_key_message(
+    culprit: Override, config_name: str, parsed: Sequence[Override]
+) -> str:
+    key = culprit.key_or_group
+    others = [override.input_line for override in parsed if override is not culprit]
+    keys = _known_keys(config_name, others)
+    if not key.startswith("hydra"):
+        keys = [name for name in keys if name.split(".")[0] != "hydra"]
+    near = near_matches(key, keys)
+    add = ""
+    if not culprit.is_delete():
+        near = [f"{name}={culprit.get_value_element_as_str()}" for name in near]
+        add = f" To add a new key, write +{culprit.input_line}."
+    return (
+        f"{culprit.input_line}: there is no key or config group {key!r} in the configuration"
+        f" {config_name!r}.{_did_you_mean(near)}{add}"
+    )
+
+
+def _known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
+    """Every dotted key there is under `overrides`; under none, if they do not compose either."""
+    for attempt in (overrides, []):
+        try:
+            return list(_keys(_compose(config_name, attempt)))
+        except HydraException:
+            continue
+    return []
+
+
+def _did_you_mean(near: Iterable[str]) -> str:
+    found = list(near)
+    return f" Did you mean {' or '.join(found)}?" if found else ""
+
+
+def _keys(config: DictConfig) -> Iterator[str]:
+    """Every dotted key of `config`, nodes included; interpolations are not followed."""
+
+    def walk(node: object, prefix: str) -> Iterator[str]:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                yield f"{prefix}{name}"
+                yield from walk(child, f"{prefix}{name}.")
+
+    yield from walk(OmegaConf.to_container(config, resolve=False), "")

@@ -1,0 +1,211 @@
+"""Prompts, budgets and rollout steps: everything a run's data is, and where it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlzoo.allocators.base import Allocator
+from rlzoo.data.base import RunDataModule
+from rlzoo.data.draw import Drawer
+from rlzoo.data.prompts import PromptSource
+from rlzoo.data.rollout_loader import RolloutLoader
+from rlzoo.engines.base import Engine, SamplingParams
+from rlzoo.errors import UserError
+from rlzoo.ledger import Limits
+from rlzoo.progress import Bars
+from rlzoo.rewards.verifier import MathReward
+from rlzoo.rng import derive_seed
+from rlzoo.types import Prompt, RolloutBatch, Rollouts
+
+
+class RolloutDataModule(RunDataModule):
+    """Draws rollout steps for any algorithm, under budgets that a sampler sets.
+
+    An epoch is a shard of `prompts_per_epoch` prompts, in a seeded order that wraps over the data
+    set (what does not fill a shard sits out one pass). Its budgets sum to
+    `prompts_per_epoch * responses_per_prompt`, which makes a fixed number of rollout steps.
+
+    Args:
+        source: prompts of each split (`data=`).
+        tokenizer: renders prompts and decodes responses.
+        engine: draws responses (`engine=`).
+        reward: scores them (`reward=`).
+        allocator: the sampler's; kept here because its state is resumed with the budgets.
+        bars, limits: see RunDataModule.
+        seed: of the run.
+        prompts_per_epoch: P, prompts between two plans of budgets.
+        responses_per_prompt: mean budget.
+        responses_per_step: responses drawn under one policy version, in whole groups.
+        max_prompt_tokens, max_response_tokens: limits.
+        on_too_long: "error" or "drop" for longer prompts.
+        temperature: of sampling.
+        val_responses: responses per validation prompt, the k of avg@k.
+
+    Raises:
+        UserError: sizes that do not fit each other or the data.
+    """
+
+    def __init__(
+        self,
+        source: PromptSource,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine,
+        reward: MathReward,
+        allocator: Allocator,
+        bars: Bars,
+        limits: Limits,
+        *,
+        seed: int = 0,
+        prompts_per_epoch: int = 128,
+        responses_per_prompt: int = 8,
+        responses_per_step: int = 256,
+        max_prompt_tokens: int = 256,
+        max_response_tokens: int = 128,
+        on_too_long: str = "error",
+        temperature: float = 1.0,
+        val_responses: int = 8,
+    ) -> None:
+        super().__init__(bars, limits)
+        sizes = {
+            "prompts_per_epoch": prompts_per_epoch,
+            "responses_per_prompt": responses_per_prompt,
+            "responses_per_step": responses_per_step,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_response_tokens": max_response_tokens,
+            "val_responses": val_responses,
+        }
+        for key, value in sizes.items():
+            if value < 1:
+                raise UserError(f"datamodule.{key} must be at least 1, got {value}.")
+        total = prompts_per_epoch * responses_per_prompt
+        if total % responses_per_step:
+            raise UserError(
+                f"An epoch of datamodule.prompts_per_epoch={prompts_per_epoch} times"
+                f" responses_per_prompt={responses_per_prompt} is {total} responses, not a multiple"
+                f" of responses_per_step={responses_per_step}: its last rollout step would make"
+                " updates of fewer sequences. Change one of the three."
+            )
+        self.source, self.tokenizer, self.engine, self.reward = source, tokenizer, engine, reward
+        self.allocator, self.seed = allocator, seed
+        self.prompts_per_epoch, self.responses_per_step = prompts_per_epoch, responses_per_step
+        self.total_budget, self.steps_per_epoch = total, total // responses_per_step
+        self.max_prompt_tokens, self.on_too_long = max_prompt_tokens, on_too_long
+        self.val_responses = val_responses
+        params = SamplingParams(temperature, max_response_tokens)
+        self.drawer = Drawer(engine, reward, tokenizer, params, self.ledger, bars, seed)
+        self.train_prompts: list[Prompt] = []
+        self.val_prompts: list[Prompt] = []
+        self.rollouts: Rollouts | None = None  # of the rollout step in training
+        self.epoch = 0  # the epoch being drawn, or the next one
+        self.budgets: dict[str, int] | None = None  # by prompt id; None between epochs
+        self.next_prompt = self.drawn = 0  # within the epoch's shard
+
+    # --- prompts ----------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if self.train_prompts:
+            return
+        encode = lambda split: self.source.template.encode(  # noqa: E731
+            self.source.load(split), self.tokenizer, self.max_prompt_tokens, self.on_too_long
+        )
+        self.train_prompts, self.val_prompts = encode("train"), encode("val")
+        if len(self.train_prompts) < self.prompts_per_epoch:
+            raise UserError(
+                f"datamodule.prompts_per_epoch={self.prompts_per_epoch}, but the data has only"
+                f" {len(self.train_prompts)} training prompts. Lower it, or give more data."
+            )
+
+    def shard(self) -> list[Prompt]:
+        """The prompts of the current epoch, in the order they will be drawn."""
+        shards = len(self.train_prompts) // self.prompts_per_epoch
+        passed, index = divmod(self.epoch, shards)
+        key = derive_seed(self.seed, "order", passed)
+        order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.train_prompts))
+        chosen = order[index * self.prompts_per_epoch : (index + 1) * self.prompts_per_epoch]
+        return [self.train_prompts[i] for i in chosen]
+
+    # --- budgets ----------------------------------------------------------------------------
+
+    def set_budgets(self, budgets: dict[str, int]) -> None:
+        """Begins an epoch under these budgets, by prompt id of the shard.
+
+        Raises:
+            ValueError: they are not of the shard, not >= 0, or not of the epoch's total.
+        """
+        if budgets.keys() != {prompt.id for prompt in self.shard()}:
+            raise ValueError("budgets are not those of this epoch's shard")
+        if min(budgets.values()) < 0 or sum(budgets.values()) != self.total_budget:
+            raise ValueError(f"budgets sum to {sum(budgets.values())}, not {self.total_budget}")
+        self.budgets, self.next_prompt, self.drawn = dict(budgets), 0, 0
+
+    # --- rollout steps ----------------------------------------------------------------------
+
+    @property
+    def microbatches_per_epoch(self) -> int:
+        updates, trainer = self.trainer.lightning_module.updates, self.trainer
+        return self.steps_per_epoch * updates * trainer.accumulate_grad_batches
+
+    def epoch_in_progress(self) -> bool:
+        return self.budgets is not None
+
+    def next_rollouts(self) -> Rollouts:
+        """Draws the next rollout step: the next prompts in order, whole groups, up to the quota.
+
+        What one step overshoots the next gives back, so the epoch's total is exact.
+        """
+        step_in_epoch = self.rollout_step % self.steps_per_epoch
+        quota, shard = (step_in_epoch + 1) * self.responses_per_step, self.shard()
+        prompts: list[Prompt] = []
+        while self.drawn < quota:
+            prompts.append(shard[self.next_prompt])
+            self.drawn += self.budgets[shard[self.next_prompt].id]
+            self.next_prompt += 1
+        budgets = [self.budgets[prompt.id] for prompt in prompts]
+        self.rollouts = self.drawer.draw(prompts, budgets, "train", self.rollout_step)
+        self.rollout_step += 1
+        if self.rollout_step % self.steps_per_epoch == 0:
+            self.epoch, self.budgets = self.epoch + 1, None
+        return self.rollouts
+
+    def prepare(self, rollouts: Rollouts) -> list[RolloutBatch]:
+        with self.ledger.phase("scoring"):
+            return self.trainer.lightning_module.prepare(rollouts)
+
+    def train_dataloader(self) -> RolloutLoader:
+        return RolloutLoader(self)
+
+    def teardown(self, stage: str) -> None:
+        self.reward.close()
+        self.engine.close()
+
+    # --- resume -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "budgets": self.budgets,
+            "next_prompt": self.next_prompt,
+            "drawn": self.drawn,
+            "rollout_step": self.rollout_step,
+            "total_budget": self.total_budget,
+            "allocator": self.allocator.state_dict(),
+            "engine": self.engine.state_dict(),
+            "ledger": self.ledger.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["total_budget"] != self.total_budget:
+            raise UserError(
+                f"The checkpoint's epochs have {state['total_budget']} responses, this run's"
+                f" {self.total_budget}. Resume with the sizes of the checkpoint, or start a new run"
+                " from its weights with init_from=CHECKPOINT."
+            )
+        self.epoch, self.budgets = state["epoch"], state["budgets"]
+        self.next_prompt, self.drawn = state["next_prompt"], state["drawn"]
+        self.rollout_step = state["rollout_step"]
+        self.allocator.load_state_dict(state["allocator"])
+        self.engine.load_state_dict(state["engine"])
+        self.ledger.load_state_dict(state["ledger"])

@@ -1,0 +1,39 @@
+"""A sized, lazy loader: a rollout step is drawn when its first microbatch is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from rlzoo.types import RolloutBatch, Rollouts
+
+
+class StepSource(Protocol):
+    """What the loader draws from."""
+
+    microbatches_per_epoch: int
+
+    def epoch_in_progress(self) -> bool: ...
+
+    def next_rollouts(self) -> Rollouts: ...
+
+    def prepare(self, rollouts: Rollouts) -> list[RolloutBatch]: ...
+
+
+class RolloutLoader:
+    """Yields the microbatches of one epoch's rollout steps, from wherever the source stands.
+
+    The constant length matters: Lightning prefetches from an unsized loader, which would draw a
+    step before the last one has been trained on. The source's state has moved on before the first
+    microbatch of a step is handed out, so a boundary checkpoint is whole.
+    """
+
+    def __init__(self, source: StepSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return self.source.microbatches_per_epoch
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        while self.source.epoch_in_progress():
+            yield from self.source.prepare(self.source.next_rollouts())

@@ -1,0 +1,84 @@
+"""The engine protocol: token ids in, sampled responses out, weights by name and version."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class Request(NamedTuple):
+    """Responses wanted of one prompt: as many as there are seeds (ragged over prompts)."""
+
+    token_ids: tuple[int, ...]
+    seeds: tuple[int, ...]  # one per response, non-negative, below 2**63
+
+
+class Response(NamedTuple):
+    token_ids: Tensor  # [L] int64, the end-of-sequence token included if one was drawn
+    logprobs: Tensor  # [L] float32 nats, of the sampled tokens after temperature
+    truncated: bool  # stopped by the token limit
+    near_ties: int  # tokens whose uniform lay within 1e-5 of a step of the CDF
+
+
+class SamplingParams(NamedTuple):
+    temperature: float = 1.0  # 0 is greedy
+    max_response_tokens: int = 128
+
+
+class Engine(Protocol):
+    """What a rollout step asks of whatever draws responses.
+
+    Raises:
+        RuntimeError: from `generate`, if the engine's weights are not `expected_version`.
+    """
+
+    version: int  # policy version of the weights held; -1 before the first load
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        expected_version: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Response]]:
+        """One list of responses per request, in order; `on_progress(n)`: n more are finished."""
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+    def checksum(self) -> int:
+        """`weights_checksum` of the weights held; equals the trainer's after a sync."""
+
+    def sleep(self) -> None:
+        """Gives back the device's memory between rollouts, where there is any to give."""
+
+    def wake(self) -> None: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def weights_checksum(named_tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """CRC-32 of every tensor's bytes and name, in order of name."""
+    total = 0
+    for name, tensor in sorted(named_tensors, key=lambda pair: pair[0]):
+        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        total = zlib.crc32(data, zlib.crc32(name.encode(), total))
+    return total
+
+
+def check_version(engine: Engine, expected_version: int) -> None:
+    if engine.version != expected_version:
+        raise RuntimeError(
+            f"The engine holds policy version {engine.version}, but version {expected_version} was"
+            " asked to sample: a weight sync is missing."
+        )

@@ -1,0 +1,224 @@
+"""`engine=transformers`: our own batched decode loop over a transformers model.
+
+The reference engine: the same modules as the trainer's, so that the gap in log-probs is rounding
+alone, on any device. Each response's noise is its own counter-based stream, turned into tokens by
+inverse CDF; so a response does not depend on who it was batched with, but where rounding decides
+(counted as `near_ties`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlzoo.engines.base import Request, Response, SamplingParams, check_version, weights_checksum
+from rlzoo.engines.kv_cache import SlabCache
+from rlzoo.errors import UserError
+from rlzoo.rng import uniforms
+from rlzoo.types import PolicyFactory
+
+NEAR_TIE = 1e-5  # width, in probability, within which rounding may decide a token
+DROP_SHARE = 1 / 8  # share of finished rows at which the cache is compacted
+
+
+@dataclass
+class Rows:
+    """The responses being decoded together: R rows, each with its own noise."""
+
+    request: np.ndarray  # [R] index of the request
+    noise: Tensor  # [R, max_response_tokens] float64 uniforms
+    tokens: Tensor  # [R, max_response_tokens] int64
+    logprobs: Tensor  # [R, max_response_tokens] float32
+    lengths: Tensor  # [R] int64, 0 while the row is being decoded
+    near_ties: Tensor  # [R] int64
+
+
+class TransformersEngine:
+    """Draws responses with a copy of the policy of its own.
+
+    Args:
+        policy: builds the model; its weights are replaced at the first sync.
+        eos_token_ids: any of them ends a response.
+        pad_token_id: fills prompts on the left.
+        max_rows: responses decoded at once; the rest wait. Bounds memory.
+        device: "auto" takes CUDA where there is one.
+
+    Raises:
+        UserError: max_rows below 1.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyFactory,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        max_rows: int = 512,
+        device: str = "auto",
+    ) -> None:
+        if max_rows < 1:
+            raise UserError(f"engine.max_rows must be at least 1, got {max_rows}.")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device, self.max_rows, self.pad_token_id = torch.device(device), max_rows, pad_token_id
+        self.model = policy().to(self.device).eval().requires_grad_(False)
+        self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
+        self.version = -1
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        own = dict(self.model.named_parameters())
+        for name, tensor in named_tensors:
+            own.pop(name).data.copy_(tensor)
+        if own:
+            raise RuntimeError(f"A weight sync left out {sorted(own)[:3]} and {len(own)} in all.")
+        self.version = version
+
+    def checksum(self) -> int:
+        return weights_checksum(self.model.named_parameters())
+
+    def sleep(self) -> None:
+        if self.device.type != "cpu":
+            self.model.to("cpu")
+
+    def wake(self) -> None:
+        self.model.to(self.device)
+
+    def state_dict(self) -> dict:
+        return {}  # weights come with the first sync, noise is counter-based
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        expected_version: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Response]]:
+        check_version(self, expected_version)
+        found: list[list[Response]] = [[] for _ in requests]
+        for wave in self._waves(requests):
+            rows = self._decode(requests, wave, params, on_progress or (lambda n: None))
+            for index, request in enumerate(rows.request.tolist()):
+                found[request].append(_response(rows, index, self.stop_ids))
+        return found
+
+    def _waves(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, int]]]:
+        """(request, seed) pairs in order, at most `max_rows` at a time."""
+        pairs = [(index, seed) for index, r in enumerate(requests) for seed in r.seeds]
+        for start in range(0, len(pairs), self.max_rows):
+            yield pairs[start : start + self.max_rows]
+
+    def _prefill(self, prompts: list[tuple[int, ...]], spare: int) -> tuple[Tensor, Tensor, SlabCache]:
+        """Runs each prompt once: logits [P, V] of its next token, mask [P, S], the cache."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self.pad_token_id)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        mask = mask.to(self.device)
+        cache = SlabCache(self.model.config.num_hidden_layers, spare)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        return self._logits(ids.to(self.device), mask, positions, cache), mask, cache
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: SlabCache) -> Tensor:
+        hidden = self.model.base_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self.model.get_output_embeddings()(hidden[:, -1]).float()
+
+    def _decode(
+        self,
+        requests: Sequence[Request],
+        wave: list[tuple[int, int]],
+        params: SamplingParams,
+        on_progress: Callable[[int], None],
+    ) -> Rows:
+        """Decodes one wave: each prompt is prefilled once, rows leave as they finish."""
+        limit, (num, device) = params.max_response_tokens, (len(wave), self.device)
+        rows = Rows(
+            request=np.array([request for request, _ in wave]),
+            noise=torch.from_numpy(np.stack([uniforms(seed, limit) for _, seed in wave])).to(device),
+            tokens=torch.zeros(num, limit, dtype=torch.long, device=device),
+            logprobs=torch.zeros(num, limit, device=device),
+            lengths=torch.zeros(num, dtype=torch.long, device=device),
+            near_ties=torch.zeros(num, dtype=torch.long, device=device),
+        )
+        unique, prompt_of_row = np.unique(rows.request, return_inverse=True)
+        logits, mask, cache = self._prefill([requests[i].token_ids for i in unique], limit)
+        expand = torch.from_numpy(prompt_of_row).to(device)
+        cache.take_rows(expand)
+        logits, mask = logits[expand], mask[expand]
+        position = mask.sum(-1)  # [R] of the next token
+        alive = torch.arange(num, device=device)  # rows still in the cache
+        for step in range(limit):
+            token, logprob, tie = draw(logits, rows.noise[alive, step], params.temperature)
+            going = rows.lengths[alive] == 0
+            rows.tokens[alive, step], rows.logprobs[alive, step] = token, logprob
+            rows.near_ties[alive] += tie & going
+            ended = going & (torch.isin(token, self.stop_ids) | (step == limit - 1))
+            rows.lengths[alive[ended]] = step + 1
+            on_progress(int(ended.sum()))
+            going &= ~ended
+            if not going.any():
+                break
+            if going.sum() <= (1 - DROP_SHARE) * len(alive):
+                kept = going.nonzero()[:, 0]
+                cache.take_rows(kept)
+                alive, token, mask, position = alive[kept], token[kept], mask[kept], position[kept]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            logits = self._logits(token[:, None], mask, position[:, None], cache)
+            position = position + 1
+        return rows
+
+
+def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per row by inverse CDF, or the likeliest one at temperature 0.
+
+    Args:
+        logits: [R, V] float32.
+        noise: [R] float64 uniforms in [0, 1).
+        temperature: logits are divided by it; 0 is greedy, with log-probs at temperature 1.
+
+    Returns:
+        tokens [R] int64, log-probs [R] float32, near ties [R] bool: whether the uniform lies
+        within NEAR_TIE of a step of the cumulative distribution.
+    """
+    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        top = logits.topk(2, dim=-1)
+        token = top.indices[:, 0]
+        tie = top.values[:, 0] - top.values[:, 1] < NEAR_TIE
+    else:
+        cdf = logprobs.double().exp().cumsum(-1)
+        target = (noise * cdf[:, -1])[:, None]
+        token = torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
+        above = cdf.gather(1, token[:, None]) - target
+        below = target - cdf.gather(1, (token - 1).clamp(min=0)[:, None])
+        tie = ((above < NEAR_TIE) & (token < cdf.shape[1] - 1)[:, None])[:, 0]
+        tie |= ((below < NEAR_TIE) & (token > 0)[:, None])[:, 0]
+    return token, logprobs.gather(1, token[:, None])[:, 0], tie
+
+
+def _response(rows: Rows, index: int, stop_ids: Tensor) -> Response:
+    length = int(rows.lengths[index])
+    tokens = rows.tokens[index, :length]
+    return Response(
+        token_ids=tokens.cpu().clone(),
+        logprobs=rows.logprobs[index, :length].cpu().clone(),
+        truncated=not bool(torch.isin(tokens[-1], stop_ids)),
+        near_ties=int(rows.near_ties[index]),
+    )

@@ -1,0 +1,130 @@
+"""The ledger: everything a run has spent, so that curves can be drawn against any cost."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rlzoo.errors import UserError
+
+PAID = ("train", "pilot")  # streams whose responses the budget pays for
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Stop rules, each checked before a rollout step begins; None never stops.
+
+    Attributes:
+        max_responses: paid responses (training, filtered ones and pilots included).
+        max_tokens: generated tokens of paid responses.
+        max_seconds: of wall time, resumed parts added up.
+        max_updates: optimizer steps.
+    """
+
+    max_responses: int | None = None
+    max_tokens: int | None = None
+    max_seconds: float | None = None
+    max_updates: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value <= 0:
+                raise UserError(f"limits.{name} must be positive or null, got {value}.")
+
+
+class Ledger:
+    """Counts responses and tokens by stream, updates, and seconds by phase.
+
+    Phases may nest; a second is counted in the innermost phase alone, so that the phases and
+    "other" add up to all the seconds.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.phases: Counter[str] = Counter()
+        self._earlier = 0.0  # seconds of the runs this one resumes
+        self._stack: list[str] = []
+        self._start = self._mark = time.perf_counter()
+
+    def start(self) -> None:
+        """Starts the clock; called once, when the run begins."""
+        self._start = self._mark = time.perf_counter()
+
+    def drew(self, stream: str, lengths: list[int]) -> None:
+        """Books sampled responses.
+
+        Args:
+            stream: "train", "pilot", "val" or "eval".
+            lengths: tokens of each response.
+        """
+        self.counts[f"responses/{stream}"] += len(lengths)
+        self.counts[f"tokens/{stream}"] += sum(lengths)
+
+    def updated(self, skipped: str | None) -> None:
+        """Books an optimizer step, or the reason it was skipped for ("empty", "non_finite")."""
+        self.counts[f"skipped/{skipped}" if skipped else "updates"] += 1
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._settle()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._stack.pop()
+
+    def _settle(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            self.phases[self._stack[-1]] += now - self._mark
+        self._mark = now
+
+    @property
+    def responses(self) -> int:
+        return sum(self.counts[f"responses/{stream}"] for stream in PAID)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.counts[f"tokens/{stream}"] for stream in PAID)
+
+    @property
+    def updates(self) -> int:
+        return self.counts["updates"]
+
+    @property
+    def seconds(self) -> float:
+        return self._earlier + time.perf_counter() - self._start
+
+    def share(self, phase: str) -> float:
+        """Share of all seconds spent in a phase so far."""
+        return self.phases[phase] / max(self.seconds, 1e-9)
+
+    def row(self) -> dict[str, float | int]:
+        """Cumulative totals; columns that hold times start with `time/`."""
+        counts = dict(sorted(self.counts.items()))
+        times = {f"time/{name}": value for name, value in sorted(self.phases.items())}
+        totals = {"responses": self.responses, "tokens": self.tokens, "updates": self.updates}
+        return totals | counts | times | {"time/seconds": self.seconds}
+
+    def exceeded(self, limits: Limits) -> str | None:
+        """The stop rule that has been met, as `name=value`, or None."""
+        for name, limit in vars(limits).items():
+            if limit is not None and getattr(self, name.removeprefix("max_")) >= limit:
+                return f"limits.{name}={limit}"
+        return None
+
+    def state_dict(self) -> dict:
+        self._settle()
+        return {
+            "counts": dict(self.counts),
+            "phases": dict(self.phases),
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts, self.phases = Counter(state["counts"]), Counter(state["phases"])
+        self._earlier = state["seconds"]

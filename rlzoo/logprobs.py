@@ -1,0 +1,77 @@
+"""Log-probs of response tokens, in chunks so that [tokens, V] never stands in memory whole."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rlzoo.types import RolloutBatch
+
+CHUNK_ELEMENTS = 2**26  # logits held at once, elements of float32 (256 MiB)
+
+
+class TokenScores(NamedTuple):
+    logprobs: Tensor  # [M] nats, float32; carries gradient if the hidden states do
+    entropy: Tensor  # [M] nats, float32, of the tempered distribution; no gradient
+
+
+def token_scores(hidden: Tensor, head: nn.Module, tokens: Tensor, temperature: float) -> TokenScores:
+    """Log-prob and entropy at M positions.
+
+    Args:
+        hidden: [M, D] last hidden states at the positions that predict the tokens.
+        head: the output head, called as a module so that sharding hooks run.
+        tokens: [M] int64.
+        temperature: logits are divided by it, as they were in sampling.
+    """
+
+    def chunk_scores(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(h).float() / temperature  # [m, V]
+        log_norm = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, t[:, None])[:, 0] - log_norm
+        with torch.no_grad():
+            all_logprobs = logits.detach() - log_norm.detach()[:, None]
+            entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+        return logprobs, entropy
+
+    rows = max(1, CHUNK_ELEMENTS // vocabulary_size(head))
+    if len(tokens) <= rows:
+        return TokenScores(*chunk_scores(hidden, tokens))
+    run = chunk_scores
+    if torch.is_grad_enabled():
+
+        def run(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            return checkpoint(chunk_scores, h, t, use_reentrant=False)
+
+    parts = [run(h, t) for h, t in zip(hidden.split(rows), tokens.split(rows), strict=True)]
+    return TokenScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def vocabulary_size(head: nn.Module) -> int:
+    return getattr(head, "out_features", None) or head.weight.shape[0]
+
+
+def response_hidden(policy: nn.Module, batch: RolloutBatch) -> Tensor:
+    """[M, D] hidden states that predict the M response tokens of a microbatch, row by row.
+
+    Rows are padded on the right, so causal attention alone keeps padding out of every response.
+    """
+    hidden = policy.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    rows, offsets = batch.response_mask.nonzero(as_tuple=True)
+    return hidden[rows, batch.prompt_lengths[rows] - 1 + offsets]
+
+
+def response_scores(policy: nn.Module, batch: RolloutBatch, temperature: float) -> TokenScores:
+    """Log-probs and entropies of a microbatch's response tokens, each [B, T]; 0 off the response."""
+    mask = batch.response_mask
+    scores = token_scores(
+        response_hidden(policy, batch),
+        policy.get_output_embeddings(),
+        batch.response_ids[mask],
+        temperature,
+    )
+    blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return TokenScores(*(blank.masked_scatter(mask, score) for score in scores))

@@ -1,0 +1,173 @@
+"""Metrics that mean the same on any number of ranks: avg@k, pass@k and weighted means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from rlzoo.errors import UserError
+
+
+def _add_sum(metric: Metric, name: str, *shape: int) -> None:
+    """Gives `metric` a float64 sum over ranks; a tensor of its own, since += works in place."""
+    metric.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+
+class PassMetrics(Metric):
+    """avg@n and pass@k over prompts, from the rewards of whole groups.
+
+    A response is correct when its reward is positive, so rewards of 0/1 and of -1/+1 read alike.
+    Groups may have any sizes. A group of n responses counts for pass@k only where n >= k: with
+    fewer, the unbiased estimator 1 - C(n - c, k) / C(n, k) of arXiv:2107.03374 does not exist.
+
+    All states are float64 sums, so ranks add up exactly and a rank without prompts adds nothing;
+    every rank has to call `compute`.
+
+    Args:
+        ks: the k of each pass@k wanted, all at least 1.
+
+    Raises:
+        UserError: `ks` holds a number below 1.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+
+    def __init__(self, ks: Sequence[int] = (1, 2, 4, 8)) -> None:
+        super().__init__()
+        if any(k < 1 for k in ks):
+            raise UserError(f"ks must all be at least 1, got {list(ks)}: pass@k draws k responses.")
+        self.ks = tuple(ks)
+        _add_sum(self, "pass_sum", len(self.ks))
+        _add_sum(self, "pass_prompts", len(self.ks))
+        _add_sum(self, "avg_sum")
+        _add_sum(self, "avg_square_sum")
+        _add_sum(self, "num_prompts")
+
+    def update(self, rewards: Tensor, group_ids: Tensor) -> None:
+        """Adds whole groups.
+
+        Args:
+            rewards: [N] one per response; above 0 is correct.
+            group_ids: [N] integers, equal within a group; in any order. A group split over two
+                calls would count as two prompts.
+        """
+        _, group = group_ids.unique(return_inverse=True)  # [N] in [0, P)
+        num_responses = group.bincount().double()  # [P]
+        num_correct = group.bincount(weights=(rewards > 0).double())  # [P]
+        correctness = num_correct / num_responses
+        self.avg_sum += correctness.sum()
+        self.avg_square_sum += correctness.square().sum()
+        self.num_prompts += len(num_responses)
+        for i, k in enumerate(self.ks):
+            enough = num_responses >= k
+            self.pass_sum[i] += pass_at_k(num_responses[enough], num_correct[enough], k).sum()
+            self.pass_prompts[i] += enough.sum()
+
+    def compute(self) -> dict[str, float]:
+        """The figures over all ranks; NaN where no prompt defines one.
+
+        Returns:
+            `avg_at_n`: mean over prompts of the share of correct responses, in [0, 1];
+            `avg_stderr`: its standard error over prompts (NaN below two prompts);
+            `pass_at_K` for each k: mean over the prompts with at least k responses, in [0, 1];
+            `num_prompts`: int.
+        """
+        n = self.num_prompts
+        variance = (self.avg_square_sum - self.avg_sum.square() / n).clamp(min=0) / (n - 1)
+        stderr = (variance / n).sqrt() if n > 1 else torch.nan
+        passes = (self.pass_sum / self.pass_prompts).tolist()
+        return {
+            "avg_at_n": float(self.avg_sum / n),
+            "avg_stderr": float(stderr),
+            **{f"pass_at_{k}": passed for k, passed in zip(self.ks, passes, strict=True)},
+            "num_prompts": int(n),
+        }
+
+
+def pass_at_k(num_responses: Tensor, num_correct: Tensor, k: int) -> Tensor:
+    """Unbiased chance that k of a prompt's responses, drawn at random, hold a correct one.
+
+    Args:
+        num_responses: [P] float64, each at least k.
+        num_correct: [P] float64, each at most num_responses.
+        k: responses drawn.
+
+    Returns:
+        [P] float64, 1 - C(n - c, k) / C(n, k).
+    """
+    num_wrong = num_responses - num_correct
+    all_wrong = (_log_falling(num_wrong, k) - _log_falling(num_responses, k)).exp()
+    return 1 - torch.where(num_wrong >= k, all_wrong, 0.0)
+
+
+def _log_falling(n: Tensor, k: int) -> Tensor:
+    """log(n! / (n - k)!) for n >= k, [P]; finite and meaningless below."""
+    return torch.lgamma(n + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
+
+
+class WeightedMean(Metric):
+    """One weighted mean, kept as a float64 weighted sum and a float64 sum of weights.
+
+    torchmetrics' MeanMetric (1.9.0) drops NaN, or with `nan_strategy="disable"` ignores the
+    weights; here a NaN loss stays visible and weights always count.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        _add_sum(self, "weighted_sum")
+        _add_sum(self, "weight")
+
+    def update(self, weighted_sum: Tensor, weight: Tensor) -> None:
+        """Adds a weighted sum [] and the sum of its weights []; nothing where the weight is 0."""
+        weight = weight.detach().double()
+        self.weighted_sum += torch.where(weight != 0, weighted_sum.detach().double(), 0.0)
+        self.weight += weight
+
+    def compute(self) -> Tensor:
+        """The mean over all ranks, [] float64; NaN if no weight was added."""
+        return self.weighted_sum / self.weight
+
+
+class WeightedMeans(nn.Module):
+    """Weighted means by name, such as token means of what a loss reports.
+
+    Names appear with their first `update` and stay, `reset` or not. Every rank must hold the same
+    names when it computes, since each mean is reduced over ranks in turn: a rank without data
+    calls `update` with zero sums and zero weight.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: list[str] = []
+        # A list, because a ModuleDict refuses names such as "a.b" and "values".
+        self._means = nn.ModuleList()
+
+    def update(self, sums: dict[str, Tensor], weight: Tensor) -> None:
+        """Adds a microbatch.
+
+        Args:
+            sums: name to weighted sum, each []; never means.
+            weight: [] sum of the weights behind every one of them; 0 changes nothing.
+        """
+        for name, weighted_sum in sums.items():
+            if name not in self._names:
+                self._names.append(name)
+                self._means.append(WeightedMean().to(weight.device))
+            self._means[self._names.index(name)].update(weighted_sum, weight)
+
+    def compute(self) -> dict[str, float]:
+        """Each name's mean over all ranks, names in sorted order; NaN if it got no weight."""
+        means = dict(zip(self._names, self._means, strict=True))
+        # Sorted, so that ranks that met the names in other orders still reduce the same one.
+        return {name: float(means[name].compute()) for name in sorted(means)}
+
+    def reset(self) -> None:
+        """Forgets all sums and weights, not the names."""
+        for mean in self._means:
+            mean.reset()

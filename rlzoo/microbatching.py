@@ -1,0 +1,152 @@
+"""From selected rollouts to microbatches: who trains together, and what each token weighs."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlzoo.rng import derive_seed
+from rlzoo.types import RolloutBatch, Rollouts
+
+AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length")
+
+
+class TokenWeights(NamedTuple):
+    per_token: Tensor  # [n] float32, weight of each response token of a rollout
+    divisor: float  # what the optimizer step's weighted sum is divided by
+
+
+def token_weights(
+    lengths: Tensor, rollout_weights: Tensor, aggregation: str, max_length: int
+) -> TokenWeights:
+    """Weights of one optimizer step's tokens, over all its microbatches and ranks.
+
+    Args:
+        lengths: [n] int64 response tokens.
+        rollout_weights: [n] float32; 1 but for samplers that weigh rollouts (GVM).
+        aggregation: one of AGGREGATIONS (algorithms.md 0.3; fixed_length is Dr. GRPO's, which
+            divides by `max_length` whatever was drawn).
+        max_length: longest response allowed, tokens.
+    """
+    lengths = lengths.double().clamp(min=1)
+    weights = rollout_weights.double()
+    if aggregation == "token_mean":
+        per_token, divisor = weights, (weights * lengths).sum()
+    elif aggregation == "seq_mean_token_mean":
+        per_token, divisor = weights / lengths, weights.sum()
+    elif aggregation == "seq_mean_token_sum":
+        per_token, divisor = weights, weights.sum()
+    elif aggregation == "fixed_length":
+        per_token, divisor = weights / max_length, weights.sum()
+    else:
+        raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}")
+    return TokenWeights(per_token.float(), float(divisor))
+
+
+def split_updates(units: Sequence[int], updates: int, seed: int) -> list[list[int]]:
+    """Deals units (rollouts) out to optimizer steps, in a seeded order, as evenly as can be."""
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(np.asarray(units, int))
+    return [part.tolist() for part in np.array_split(order, updates)]
+
+
+def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
+    """Splits items into `parts` of nearly equal cost: the dearest first, to the lightest part.
+
+    Greedy, so the heaviest part is at most 4/3 of the best possible (Graham 1969).
+
+    Returns:
+        Indices into `costs`; a part may be empty.
+    """
+    split: list[list[int]] = [[] for _ in range(parts)]
+    heap = [(0, part) for part in range(parts)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, part = heapq.heappop(heap)
+        split[part].append(item)
+        heapq.heappush(heap, (load + costs[item], part))
+    return split
+
+
+class Plan(NamedTuple):
+    """One microbatch of this rank: which rollouts, and what a token of each weighs."""
+
+    rollouts: list[int]
+    per_token: Tensor  # [len(rollouts)] float32
+    divisor: float
+
+
+def plan_microbatches(
+    rollouts: Rollouts,
+    trained: Sequence[int],
+    *,
+    updates: int,
+    accumulate: int,
+    rank: int,
+    world_size: int,
+    aggregation: str,
+    max_length: int,
+    seed: int,
+    rollout_weights: Tensor | None = None,
+) -> list[Plan]:
+    """Exactly `updates * accumulate` microbatches for this rank, balanced by tokens.
+
+    Every rank makes the whole plan from the same rollouts and keeps its own part, so divisors
+    need no communication.
+
+    Args:
+        trained: indices of the rollouts that train.
+        accumulate: microbatches per optimizer step and rank.
+        rollout_weights: [N], 1 if absent.
+    """
+    lengths = rollouts.lengths
+    weights = torch.ones(len(rollouts)) if rollout_weights is None else rollout_weights
+    plans = []
+    for unit in split_updates(trained, updates, derive_seed(seed, "updates", rollouts.rollout_step)):
+        index = torch.tensor(unit, dtype=torch.long)
+        token = token_weights(lengths[index], weights[index], aggregation, max_length)
+        prompts = [len(rollouts.prompts[int(g)].token_ids) for g in rollouts.group_ids[index]]
+        costs = [p + int(n) for p, n in zip(prompts, lengths[index], strict=True)]
+        parts = balance(costs, world_size * accumulate)
+        for part in parts[rank * accumulate : (rank + 1) * accumulate]:
+            plans.append(Plan([unit[i] for i in part], token.per_token[part], token.divisor))
+    return plans
+
+
+def collate(rollouts: Rollouts, plan: Plan, advantages: Tensor, pad_token_id: int) -> RolloutBatch:
+    """Pads the rollouts of a plan into a microbatch.
+
+    Args:
+        advantages: [N], repeated over each response's tokens.
+    """
+    rows = max(1, len(plan.rollouts))
+    prompts = [rollouts.prompts[int(rollouts.group_ids[i])].token_ids for i in plan.rollouts]
+    responses = [rollouts.responses[i] for i in plan.rollouts]
+    width = max((len(r) for r in responses), default=1)
+    total = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=2)
+    zeros = lambda: torch.zeros(rows, width)  # noqa: E731
+    tensors = {
+        "input_ids": torch.full((rows, total), pad_token_id),
+        "prompt_lengths": torch.ones(rows, dtype=torch.long),
+        "response_ids": torch.full((rows, width), pad_token_id),
+        "response_mask": torch.zeros(rows, width, dtype=torch.bool),
+        "weights": zeros(),
+        "advantages": zeros(),
+        "sampler_logprobs": zeros(),
+        "old_logprobs": zeros(),
+        "ref_logprobs": zeros(),
+    }
+    for row, (i, prompt, response) in enumerate(zip(plan.rollouts, prompts, responses, strict=True)):
+        start, end = len(prompt), len(prompt) + len(response)
+        tensors["input_ids"][row, :start] = torch.tensor(prompt)
+        tensors["input_ids"][row, start:end] = response
+        tensors["prompt_lengths"][row] = start
+        tensors["response_ids"][row, : len(response)] = response
+        tensors["response_mask"][row, : len(response)] = True
+        tensors["weights"][row, : len(response)] = plan.per_token[row]
+        tensors["advantages"][row, : len(response)] = advantages[i]
+        tensors["sampler_logprobs"][row, : len(response)] = rollouts.sampler_logprobs[i]
+    return RolloutBatch(tensors, plan.divisor)

@@ -1,0 +1,176 @@
+"""What a run shows while it works: bars for the phases of a rollout step, then a line on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+HEADER_EVERY = 20  # step lines: the header then stays within one screen
+
+# Titles are staggered over two rows, since most are wider than the numbers below them.
+HEADER = """\
+    reward   val avg@8           KL        length     degen.  budget sample     score      plan
+step      accept     entropy        clip  mean/max  cut      lo/avg/hi    verify     train     tok/s
+""".splitlines()
+
+
+class Bars:
+    """Live bars for nested phases, with lines printed above them.
+
+    On a terminal, each running phase has a bar with its count, rate and time, gone when the phase
+    ends. Where the output is no terminal only the lines are printed, without control codes.
+
+    Args:
+        enabled: False on ranks other than 0, which then print nothing.
+        console: where to print; standard output unless given.
+    """
+
+    def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
+        self.enabled = enabled
+        self._console = console or Console()
+        self._live = enabled and self._console.is_terminal
+        self._depth = 0
+        self._lines = 0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+        )
+
+    @contextmanager
+    def phase(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Shows a bar while the block runs.
+
+        Args:
+            name: such as "sampling"; a phase within a phase is indented.
+            total: units of work in all.
+            unit: what is counted, in the plural, such as "responses".
+
+        Yields:
+            advance(n): call it when n more units are done.
+        """
+        if not self._live:
+            yield lambda n: None
+            return
+        description = "  " * self._depth + name
+        task = self._progress.add_task(description, total=total, unit=unit)
+        self._depth += 1
+        self._progress.start()  # nothing happens if an outer phase has started it
+        try:
+            yield lambda n: self._progress.advance(task, n)
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._progress.stop()
+            self._progress.remove_task(task)
+
+    def print_step(self, metrics: Mapping[str, float]) -> None:
+        """Prints one rollout step's line (`step_line`), with the header now and then."""
+        if self._lines % HEADER_EVERY == 0:
+            for line in HEADER:
+                self.print_line(line, style="bold")
+        self._lines += 1
+        self.print_line(step_line(metrics))
+
+    def print_line(self, text: str, style: str = "") -> None:
+        """Prints text above the bars as it is: no markup, no wrapping, colours only if styled."""
+        if self.enabled:
+            # A Text, because print(style=...) would colour the live bars below it too.
+            self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+class _RateColumn(ProgressColumn):
+    """Units done per second since the phase began."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        rate = task.completed / task.elapsed if task.elapsed else 0.0
+        return Text(f"{rate:,.1f} {unit}/s")
+
+
+def step_line(metrics: Mapping[str, float]) -> str:
+    """One rollout step in 100 columns, under HEADER; a missing or NaN metric is a dash.
+
+    Shares (`accept_rate`, `val/avg_at_8`, `clip_fraction`, `truncated`, `degenerate_groups`) are
+    shown in percent, `entropy` and `approx_kl` in nats, lengths in tokens, budgets in responses
+    per prompt, the phases in seconds.
+    """
+
+    def show(name: str, form: Callable[[float], str]) -> str:
+        value = metrics.get(name)
+        return "-" if value is None or math.isnan(value) else form(value)
+
+    lengths = f"{show('length/mean', _whole)}/{show('length/max', _whole)}"
+    budgets = (
+        f"{show('budget/min', _whole)}/{show('budget/mean', _mean_budget)}"
+        f"/{show('budget/max', _whole)}"
+    )
+    cells = [
+        (4, show("rollout_step", _whole)),
+        (5, show("reward", _reward)),
+        (5, show("accept_rate", _percent)),
+        (5, show("val/avg_at_8", _percent)),
+        (5, show("entropy", "{:.3f}".format)),
+        (6, show("approx_kl", _kl)),
+        (4, show("clip_fraction", _short_percent)),
+        (9, "-" if lengths == "-/-" else lengths),
+        (4, show("truncated", _short_percent)),
+        (4, show("degenerate_groups", _short_percent)),
+        (9, "-" if budgets == "-/-/-" else budgets),
+        (4, show("time/sampling", _seconds)),
+        (4, show("time/verifying", _seconds)),
+        (4, show("time/scoring", _seconds)),
+        (4, show("time/training", _seconds)),
+        (4, show("time/planning", _seconds)),
+        (4, show("time/tokens_per_second", _rate)),
+    ]
+    return " ".join(text.rjust(width) for width, text in cells)
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _mean_budget(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def _reward(value: float) -> str:
+    return f"{value:.3f}" if value >= 0 else f"{value:.2f}"  # the sign takes a decimal's place
+
+
+def _kl(value: float) -> str:
+    return f"{value:.4f}" if value < 9.99995 else f"{value:.1f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if share < 0.9995 else f"{100 * share:.0f}%"
+
+
+def _short_percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if share < 0.0995 else f"{100 * share:.0f}%"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}s" if value < 9.95 else f"{value:.0f}s"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value < 9999.5 else f"{value / 1000:.0f}k"

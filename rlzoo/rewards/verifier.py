@@ -1,0 +1,360 @@
+"""Math rewards from a pool of worker processes that can be killed (design.md section 5).
+
+Answers come from models and may be hostile. Each has its own wall limit and memory cap; what hits
+one costs its worker, never another answer's verdict.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlzoo.errors import UserError
+from rlzoo.rewards.math import Verdict, boxed_answer
+from rlzoo.rewards.worker import PID_BYTES
+from rlzoo.types import Prompt
+
+_START_SECONDS = 120.0  # imports take one second; a cold disk on a busy machine, many
+_BATCH = 16  # answers sent at once; a message costs about as much as the shortest answer
+
+
+class Scores(NamedTuple):
+    """What a reward gives N rollouts."""
+
+    rewards: Tensor  # [N] float32
+    verdicts: Tensor  # [N] int8, values of Verdict
+
+
+class WorkerServer:
+    """The process that forks workers: `rlzoo.rewards.worker`."""
+
+    def __init__(self, memory_mb: int) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            RuntimeError: it could not start; its own message is on stderr.
+        """
+        self._control, theirs = socket.socketpair()
+        package_root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        # -P and -m: neither the user's folder nor rewards/, whose math.py would hide Python's
+        # own, is on the path; nor is the main program imported again.
+        command = [sys.executable, "-P", "-m", "rlzoo.rewards.worker"]
+        self._process = subprocess.Popen(
+            [*command, str(theirs.fileno()), str(memory_mb)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,  # a terminal's Ctrl-C goes to the main program only
+        )
+        theirs.close()
+        self._control.settimeout(_START_SECONDS)
+        try:
+            self._receive(1)
+        except OSError as error:
+            self.close()
+            raise RuntimeError(
+                "The verifier's worker server did not start; what it says is on stderr, and"
+                " `python -c 'import math_verify'` should work with the same Python."
+            ) from error
+
+    def fork(self) -> Worker:
+        """A new worker.
+
+        Raises:
+            OSError: the server is gone.
+        """
+        ours, theirs = Pipe()
+        socket.send_fds(self._control, [b"w"], [theirs.fileno()])
+        theirs.close()
+        return Worker(int.from_bytes(self._receive(PID_BYTES), "big"), ours)
+
+    def close(self) -> None:
+        """End the server; its workers die with it."""
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _receive(self, size: int) -> bytes:
+        reply = self._control.recv(size, socket.MSG_WAITALL)
+        if len(reply) < size:
+            raise ConnectionResetError("the verifier's worker server is gone")
+        return reply
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker process; `batch` holds the answers it was sent and has not reported, in order."""
+
+    pid: int
+    connection: Connection
+    batch: deque[int] = field(default_factory=deque)  # positions in the call's answers
+    deadline: float = 0.0  # of the first in `batch`, seconds of time.monotonic
+    answered: int = 0
+
+    def kill(self) -> None:
+        # Its end of the pipe is not seen closed, so it has not been reaped: the pid is its own.
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it ended by itself a moment ago
+        self.connection.close()
+
+
+class VerifierPool:
+    """Verdicts on answers, by `rlzoo.rewards.math.verdict` in worker processes.
+
+    Starts at the first `verify`; `close`, or leaving it as a context manager, ends the processes,
+    and a later `verify` starts them again. They end with the main program however it ends. Usable
+    from any thread, one call at a time.
+
+    Args:
+        num_workers: processes.
+        seconds_per_answer: wall limit of each answer; one that takes longer is UNVERIFIABLE and
+            costs its worker, whose other answers go to the next.
+        memory_mb: MiB a worker may take on top of what it starts with; an answer that asks for
+            more is UNVERIFIABLE.
+        max_answer_chars: longest answer that is looked at, in characters. If the response has a
+            box, that is the box's content however long the response; else the whole response.
+            Longer ones, and answers to longer gold answers, are UNVERIFIABLE at no cost.
+        recycle_after: answers after which a worker is replaced, since sympy's caches grow.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_workers: int = 2,
+        seconds_per_answer: float = 2.0,
+        memory_mb: int = 1024,
+        max_answer_chars: int = 20_000,
+        recycle_after: int = 20_000,
+    ) -> None:
+        self.num_workers = _at_least("num_workers", num_workers, 1)
+        self.seconds_per_answer = _at_least("seconds_per_answer", seconds_per_answer, 0.01)
+        self.memory_mb = _at_least("memory_mb", memory_mb, 16)
+        self.max_answer_chars = _at_least("max_answer_chars", max_answer_chars, 1)
+        self.recycle_after = _at_least("recycle_after", recycle_after, 1)
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        self._server: WorkerServer | None = None
+        self._workers: list[Worker] = []
+
+    def verify(
+        self,
+        golds: Sequence[str],
+        responses: Sequence[str],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Verdict]:
+        """One verdict per pair, in their order.
+
+        Args:
+            golds: gold answers, one per response, with or without a box.
+            responses: whole responses, or answers in a box.
+            on_progress: called with the number of verdicts known so far.
+
+        Raises:
+            ValueError: not as many gold answers as responses.
+            RuntimeError: the workers cannot be started.
+        """
+        if len(golds) != len(responses):
+            raise ValueError(f"{len(golds)} gold answers for {len(responses)} responses")
+        with self._lock:
+            try:
+                return self._verify(golds, responses, on_progress or (lambda done: None))
+            except BaseException:
+                self._stop()  # their reports would be taken for the next call's
+                raise
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _verify(
+        self, golds: Sequence[str], responses: Sequence[str], on_progress: Callable[[int], None]
+    ) -> list[Verdict]:
+        verdicts = [Verdict.UNVERIFIABLE] * len(responses)
+        answers = [shorten(response) for response in responses]
+        longest = [max(len(gold), len(answer)) for gold, answer in zip(golds, answers)]
+        waiting = deque(i for i, size in enumerate(longest) if size <= self.max_answer_chars)
+        while waiting or any(worker.batch for worker in self._workers):
+            if waiting:
+                self._fill_pool()
+            for worker in self._workers:
+                if waiting and not worker.batch:
+                    share = -(-len(waiting) // (2 * self.num_workers))
+                    batch = [waiting.popleft() for _ in range(min(_BATCH, share))]
+                    self._send(worker, batch, [(golds[i], answers[i]) for i in batch])
+            self._receive(verdicts, waiting)
+            unknown = len(waiting) + sum(len(worker.batch) for worker in self._workers)
+            on_progress(len(verdicts) - unknown)
+        return verdicts
+
+    def _send(self, worker: Worker, batch: list[int], pairs: list[tuple[str, str]]) -> None:
+        worker.batch.extend(batch)
+        worker.deadline = time.monotonic() + self.seconds_per_answer
+        try:
+            worker.connection.send(pairs)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it died: seen as any death when its reports are read
+
+    def _receive(self, verdicts: list[Verdict], waiting: deque[int]) -> None:
+        """Wait for reports, then drop the workers that died, overran or have served their time.
+
+        Reports are read before deadlines are checked: if this process was held up, answers that
+        were in time are not blamed for it.
+        """
+        busy = [worker for worker in self._workers if worker.batch]
+        first_deadline = min(worker.deadline for worker in busy)
+        timeout = max(0.0, first_deadline - time.monotonic())
+        ready = wait([worker.connection for worker in busy], timeout)
+        now = time.monotonic()
+        for worker in busy:
+            if worker.connection in ready:
+                is_alive = self._read_reports(worker, verdicts)
+            else:
+                is_alive = now < worker.deadline
+            if not is_alive:
+                worker.batch.popleft()  # the one it was at: UNVERIFIABLE
+                waiting.extendleft(reversed(worker.batch))
+            if not is_alive or (not worker.batch and worker.answered >= self.recycle_after):
+                worker.kill()
+                self._workers.remove(worker)
+
+    def _read_reports(self, worker: Worker, verdicts: list[Verdict]) -> bool:
+        """Whether the worker lives, or has answered all it was sent."""
+        try:
+            while worker.batch and worker.connection.poll():
+                verdicts[worker.batch[0]] = Verdict(worker.connection.recv_bytes()[0])
+                worker.batch.popleft()
+                worker.answered += 1
+                worker.deadline = time.monotonic() + self.seconds_per_answer
+        except (EOFError, ConnectionResetError):
+            return False
+        return True
+
+    def _fill_pool(self) -> None:
+        if self._owner != os.getpid():  # forked: the workers belong to the parent process
+            self._server, self._workers, self._owner = None, [], os.getpid()
+        # An idle worker says nothing: what can be read is the end of its pipe.
+        for worker in [w for w in self._workers if not w.batch and w.connection.poll()]:
+            worker.kill()
+            self._workers.remove(worker)
+        while len(self._workers) < self.num_workers:
+            if self._server is None:
+                self._server = WorkerServer(self.memory_mb)
+                atexit.register(self.close)
+            try:
+                self._workers.append(self._server.fork())
+            except OSError:  # the server was killed, and its workers with it
+                self._server.close()
+                self._server = WorkerServer(self.memory_mb)
+
+    def _stop(self) -> None:
+        if self._owner == os.getpid():
+            for worker in self._workers:
+                worker.kill()
+            if self._server is not None:
+                self._server.close()
+                atexit.unregister(self.close)
+        self._server, self._workers = None, []
+
+
+class MathReward:
+    """1 for a right final answer, 0 for any other; the verdict tells wrong from unverifiable.
+
+    Args:
+        truncated_is_wrong: a response cut off at the length limit is WRONG unseen. Otherwise it
+            is judged as it stands, as in the reference code, and a result on the way may count.
+        (the others): see `VerifierPool`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_workers: int = 2,
+        seconds_per_answer: float = 2.0,
+        memory_mb: int = 1024,
+        max_answer_chars: int = 20_000,
+        recycle_after: int = 20_000,
+        truncated_is_wrong: bool = False,
+    ) -> None:
+        self.pool = VerifierPool(
+            num_workers=num_workers,
+            seconds_per_answer=seconds_per_answer,
+            memory_mb=memory_mb,
+            max_answer_chars=max_answer_chars,
+            recycle_after=recycle_after,
+        )
+        self.truncated_is_wrong = truncated_is_wrong
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        truncated: Sequence[bool],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Scores:
+        """Score N rollouts.
+
+        Args:
+            prompts: [N] the prompt of each rollout; its `answer` is the gold answer.
+            texts: [N] responses.
+            truncated: [N] whether the response was cut off at the length limit.
+            on_progress: called with the number of verdicts known so far.
+
+        Raises:
+            ValueError: the three differ in length.
+        """
+        if not len(prompts) == len(texts) == len(truncated):
+            raise ValueError(f"{len(prompts)} prompts, {len(texts)} texts, {len(truncated)} flags")
+        judged = [
+            i for i, is_cut in enumerate(truncated) if not (is_cut and self.truncated_is_wrong)
+        ]
+        verdicts = torch.full((len(texts),), int(Verdict.WRONG), dtype=torch.int8)  # [N]
+        golds, responses = [prompts[i].answer for i in judged], [texts[i] for i in judged]
+        verdicts[judged] = torch.tensor(
+            self.pool.verify(golds, responses, on_progress), dtype=torch.int8
+        )
+        return Scores((verdicts == int(Verdict.RIGHT)).float(), verdicts)
+
+    def close(self) -> None:
+        """End the worker processes; a later call starts them again."""
+        self.pool.close()
+
+
+def shorten(response: str) -> str:
+    """The part of a response that decides its verdict: its last box, or all of it without one."""
+    boxed = boxed_answer(response)
+    return response if boxed is None else rf"\boxed{{{boxed}}}"
+
+
+def _at_least(key: str, value: float, least: float) -> float:
+    kinds = int if isinstance(least, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+        number = "a whole number" if kinds is int else "a number"
+        raise UserError(f"reward.{key} must be {number} of at least {least}, got {value!r}.")
+    return value

@@ -1,0 +1,83 @@
+"""`python -m rlzoo.run algo=grpo sampler=gvm`: compose the configuration, train."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from rlzoo.configuration import check_overrides, conf_dir
+from rlzoo.errors import UserError
+
+INTERRUPTED = 130  # exit code of a run stopped by Ctrl-C
+
+
+def main() -> None:
+    """Entry point; exits 2 on a mistake of the user's, 130 on Ctrl-C."""
+    try:
+        check_overrides(sys.argv[1:])
+    except UserError as error:
+        fail(str(error))
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(run)()
+
+
+def run(cfg: DictConfig) -> None:
+    from rlzoo.training import train  # torch and transformers load after the overrides are checked
+
+    try:
+        train(cfg)
+    except KeyboardInterrupt:
+        interrupted(cfg)
+    except SystemExit:
+        interrupted(cfg)  # Lightning turns Ctrl-C into this
+    except Exception as error:
+        message = explain(error, cfg)
+        if message is None or cfg.debug:
+            traceback.print_exc()
+        fail(message or f"{type(error).__name__}: {error}")
+
+
+def explain(error: BaseException, cfg: DictConfig) -> str | None:
+    """What to tell the user of an error that is theirs to mend; None for a fault of ours."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            return (
+                f"The disk is full: {cause}. The last boundary checkpoint in"
+                f" {cfg.run_dir}/checkpoints stands. Free some space and go on with ckpt_path=last."
+            )
+        if isinstance(cause, TypeError) and isinstance(error, InstantiationException):
+            return f"A key that its class does not take: {first_sentence(str(error))}"
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, (InstantiationException, OmegaConfBaseException)):
+        return str(error)
+    return None
+
+
+def first_sentence(text: str) -> str:
+    return " ".join(text.split())
+
+
+def interrupted(cfg: DictConfig) -> None:
+    print(
+        f"\nInterrupted. The last boundary checkpoint stands; go on with"
+        f" run_dir={cfg.run_dir} ckpt_path=last.",
+        file=sys.stderr,
+    )
+    sys.exit(INTERRUPTED)
+
+
+def fail(message: str) -> None:
+    print(f"rlzoo: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
