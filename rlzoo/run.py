@@ -7,7 +7,9 @@ import sys
 import traceback
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +31,8 @@ def main() -> None:
 def run(cfg: DictConfig) -> None:
     from rlzoo.training import train  # torch and transformers load after the overrides are checked
 
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        cfg.run_dir = HydraConfig.get().runtime.output_dir  # one directory per job of a sweep
     try:
         train(cfg)
     except KeyboardInterrupt:
@@ -54,14 +58,14 @@ def explain(error: BaseException, cfg: DictConfig) -> str | None:
                 f" {cfg.run_dir}/checkpoints stands. Free some space and go on with ckpt_path=last."
             )
         if isinstance(cause, TypeError) and isinstance(error, InstantiationException):
-            return f"A key that its class does not take: {first_sentence(str(error))}"
+            return f"A key that its class does not take: {one_line(str(error))}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, (InstantiationException, OmegaConfBaseException)):
         return str(error)
     return None
 
 
-def first_sentence(text: str) -> str:
+def one_line(text: str) -> str:
     return " ".join(text.split())
 
 

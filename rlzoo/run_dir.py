@@ -46,12 +46,17 @@ def claim(run_dir: Path, resuming: bool) -> IO[str]:
 def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
     """The checkpoint to resume; "last" is the last one of this run directory.
 
+    None, which starts anew and to the same end, if a run began there and was stopped before its
+    first boundary.
+
     Raises:
         UserError: it does not exist, or cannot be read.
     """
     if ckpt_path is None:
         return None
     path = run_dir / "checkpoints" / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
+    if ckpt_path == "last" and not path.exists() and (run_dir / "config.yaml").exists():
+        return None
     if not path.exists():
         raise UserError(
             f"ckpt_path={ckpt_path}: there is no checkpoint at {path}. Give run_dir the directory"

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 from rlzoo.data.base import RunDataModule
 from rlzoo.plots import draw_run

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning
 import torch
+import transformers
 from hydra.utils import instantiate
 from lightning import Callback
 from omegaconf import DictConfig
@@ -130,6 +131,7 @@ def quieten(run_dir: Path) -> None:
     root.addHandler(handler)
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", module="lightning")
+    transformers.utils.logging.disable_progress_bar()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

@@ -108,7 +108,9 @@ class PolicyAlgorithm(OptimizationModule):
 
     # --- from rollouts to microbatches ------------------------------------------------------
 
-    def prepare(self, rollouts: Rollouts) -> list[RolloutBatch]:
+    def prepare(
+        self, rollouts: Rollouts, on_progress: Callable[[int], None] = lambda n: None
+    ) -> list[RolloutBatch]:
         """This rank's `updates * accumulate_grad_batches` microbatches of a rollout step."""
         batches = self.plan(
             rollouts,
@@ -116,7 +118,7 @@ class PolicyAlgorithm(OptimizationModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
-        self.score(batches, first=rollouts.rollout_step == 0)
+        self.score(batches, rollouts.rollout_step == 0, on_progress)
         return batches
 
     def plan(
@@ -146,7 +148,12 @@ class PolicyAlgorithm(OptimizationModule):
         return batches
 
     @torch.no_grad()
-    def score(self, batches: list[RolloutBatch], first: bool) -> None:
+    def score(
+        self,
+        batches: list[RolloutBatch],
+        first: bool,
+        on_progress: Callable[[int], None] = lambda n: None,
+    ) -> None:
         """Fills `old_logprobs` and `ref_logprobs`, skipping what provably is not needed.
 
         With one update per rollout step the ratio is 1 by construction, so old log-probs are taken
@@ -166,6 +173,7 @@ class PolicyAlgorithm(OptimizationModule):
             if self._reference:
                 scores = response_scores(self._reference[0], on_device, self.temperature)
                 batch.ref_logprobs = scores.logprobs.cpu()
+            on_progress(1)
         if tokens:
             self.gap = {"logprob_gap/mean": total / tokens, "logprob_gap/max": largest}
             if first:

@@ -4,6 +4,7 @@ from rlzoo.callbacks.gvm import GVM
 from rlzoo.callbacks.replan import Replan
 from rlzoo.callbacks.rollout_log import RolloutLog
 from rlzoo.callbacks.sft_log import SFTLog
+from rlzoo.callbacks.training_phase import TrainingPhase
 from rlzoo.callbacks.validation import Validation
 from rlzoo.callbacks.weight_sync import WeightSync
 
@@ -14,6 +15,7 @@ __all__ = [
     "Replan",
     "RolloutLog",
     "SFTLog",
+    "TrainingPhase",
     "Validation",
     "WeightSync",
 ]

@@ -58,7 +58,8 @@ class RolloutLog(BoundaryCallback):
         if world()[0] != 0:
             return
         spent = data.ledger.row()
-        row = {"rollout_step": data.rollout_step, "epoch": data.epoch} | figures | data.row
+        epoch = max(0, data.rollout_step - 1) // data.steps_per_epoch
+        row = {"rollout_step": data.rollout_step, "epoch": epoch} | figures | data.row
         row |= {name: value for name, value in spent.items() if not name.startswith("time/")}
         row |= self.phase_seconds(data.ledger.phases)
         row["time/seconds"] = data.ledger.seconds

@@ -313,10 +313,10 @@ class ArithmeticCorpus:
         self,
         num_examples: int = 200_000,
         seed: int = 1,
-        hasty: tuple[float, float] = (0.1, 0.7),
+        hasty: tuple[float, float] = (0.1, 0.5),
         guess_off: tuple[float, float] = (0.3, 0.95),
-        sloppy: float = 0.9,
-        slip_rate: tuple[float, float] = (0.2, 0.5),
+        sloppy: float = 0.8,
+        slip_rate: tuple[float, float] = (0.15, 0.35),
     ) -> None:
         self.num_examples, self.seed = num_examples, seed
         self.hasty, self.guess_off = tuple(hasty), tuple(guess_off)

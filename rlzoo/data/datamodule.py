@@ -144,9 +144,8 @@ class RolloutDataModule(RunDataModule):
     # --- rollout steps ----------------------------------------------------------------------
 
     @property
-    def microbatches_per_epoch(self) -> int:
-        updates, trainer = self.trainer.lightning_module.updates, self.trainer
-        return self.steps_per_epoch * updates * trainer.accumulate_grad_batches
+    def microbatches_per_step(self) -> int:
+        return self.trainer.lightning_module.updates * self.trainer.accumulate_grad_batches
 
     def epoch_in_progress(self) -> bool:
         return self.budgets is not None
@@ -171,8 +170,9 @@ class RolloutDataModule(RunDataModule):
         return self.rollouts
 
     def prepare(self, rollouts: Rollouts) -> list[RolloutBatch]:
-        with self.ledger.phase("scoring"):
-            return self.trainer.lightning_module.prepare(rollouts)
+        bar = self.bars.phase("scoring", self.microbatches_per_step, "microbatches")
+        with self.ledger.phase("scoring"), bar as advance:
+            return self.trainer.lightning_module.prepare(rollouts, advance)
 
     def train_dataloader(self) -> RolloutLoader:
         return RolloutLoader(self)

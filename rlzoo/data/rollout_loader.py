@@ -11,7 +11,8 @@ from rlzoo.types import RolloutBatch, Rollouts
 class StepSource(Protocol):
     """What the loader draws from."""
 
-    microbatches_per_epoch: int
+    steps_per_epoch: int
+    microbatches_per_step: int
 
     def epoch_in_progress(self) -> bool: ...
 
@@ -32,7 +33,7 @@ class RolloutLoader:
         self.source = source
 
     def __len__(self) -> int:
-        return self.source.microbatches_per_epoch
+        return self.source.steps_per_epoch * self.source.microbatches_per_step
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         while self.source.epoch_in_progress():

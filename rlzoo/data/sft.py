@@ -92,10 +92,10 @@ class SFTDataModule(RunDataModule):
 
     def batches(self) -> Iterator[RolloutBatch]:
         """The microbatches of one step, from where the run stands; the corpus wraps."""
-        num, accumulate = self.batch_size * POOL, self.trainer.accumulate_grad_batches
-        first = self.rollout_step * self.updates_per_step * accumulate
+        num, size = self.batch_size * POOL, self.microbatches_per_step
+        first = self.rollout_step * size
         self.rollout_step += 1
-        for index in range(first, first + self.updates_per_step * accumulate):
+        for index in range(first, first + size):
             pool, place = divmod(index, POOL)
             if place == 0 or index == first:
                 chosen = sorted(
@@ -106,8 +106,12 @@ class SFTDataModule(RunDataModule):
                 random.Random(derive_seed(self.seed, "sft", pool)).shuffle(order)
             start = order[place] * self.batch_size
             batch = self.batch(chosen[start : start + self.batch_size])
-            batch.last = index + 1 == first + self.updates_per_step * accumulate
+            batch.last = index + 1 == first + size
             yield batch
+
+    @property
+    def microbatches_per_step(self) -> int:
+        return self.updates_per_step * self.trainer.accumulate_grad_batches
 
     def train_dataloader(self) -> SFTLoader:
         return SFTLoader(self)
@@ -127,7 +131,7 @@ class SFTLoader:
         self.data = data
 
     def __len__(self) -> int:
-        return self.data.updates_per_step * self.data.trainer.accumulate_grad_batches
+        return self.data.microbatches_per_step
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         return self.data.batches()

@@ -1,0 +1,198 @@
+"""Whole runs, as a user starts them: determinism, resume, real data, every algorithm."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlzoo.loggers import equal_but_time
+from rlzoo.summary import read_metrics
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = Path(os.environ.get("RLZOO_SHARED_DATA", ROOT.parent / "shared" / "data"))
+SMALL = (
+    "num_threads=1",
+    "val_every=2",
+    "data.num_train=64",
+    "data.num_val=8",
+    "datamodule.prompts_per_epoch=16",
+    "datamodule.responses_per_prompt=4",
+    "datamodule.responses_per_step=32",  # two rollout steps an epoch
+    "sampler.callback.pilots=2",
+    "limits.max_responses=288",  # in the third epoch of 32 pilots and 64 responses
+    "algo.updates=2",
+)
+
+
+def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "rlzoo.run", f"run_dir={run_dir}", *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, expected: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == expected, output
+    return output
+
+
+def run(run_dir: Path, *overrides: str, expected: int = 0) -> str:
+    return finish(start(run_dir, *overrides), expected)
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    assert equal_but_time(run_dir / "metrics.csv", other / "metrics.csv") == []
+    assert equal_but_time(run_dir / "ledger.csv", other / "ledger.csv") == []
+    ours, theirs = weights(run_dir), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for folder in ("rollouts", "budgets"):
+        names = [sorted(p.name for p in (d / folder).iterdir()) for d in (run_dir, other)]
+        assert names[0] == names[1]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small GVM-GRPO run, uninterrupted."""
+    run_dir = tmp_path_factory.mktemp("runs") / "reference"
+    run(run_dir, *SMALL)
+    return run_dir
+
+
+def test_a_run_directory_explains_itself(reference):
+    for name in ("config.yaml", "environment.json", "metrics.csv", "ledger.csv", "learning.png"):
+        assert (reference / name).stat().st_size > 0
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["responses"] == 288
+    assert summary["pilot_share"] == pytest.approx(96 / 288)
+    steps = len(read_metrics(reference / "metrics.csv")) - 1  # the first row is a validation
+    assert summary["updates"] == 2 * steps == 10  # a group of 55 filled most of an epoch
+    assert 0 < summary["planning_share"] < 1
+    assert {"val_avg_at_8_first", "val_avg_at_8_last", "val_avg_at_8_best", "tokens", "seconds"} <= (
+        summary.keys()
+    )
+    assert (reference / "policy" / "config.json").exists()
+    assert list((reference / "tensorboard").glob("events*"))
+
+
+def test_the_same_seed_gives_the_same_run_to_the_last_digit(reference, tmp_path):
+    run(tmp_path / "again", *SMALL)
+    assert_same_run(tmp_path / "again", reference)
+
+
+def test_another_seed_gives_another_run(reference, tmp_path):
+    run(tmp_path / "other", *SMALL, "seed=1")
+    assert equal_but_time(tmp_path / "other" / "metrics.csv", reference / "metrics.csv")
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])  # inside an epoch, at its end, inside the next
+def test_a_run_killed_after_a_boundary_resumes_to_the_same_end(reference, tmp_path, step):
+    run_dir = tmp_path / "killed"
+    process = start(run_dir, *SMALL)
+    wait_for(run_dir / "rollouts" / f"step_{step - 1:06d}.parquet", process)
+    time.sleep(random.Random(step).uniform(0.0, 0.3))  # anywhere in what follows
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run(run_dir, *SMALL, "ckpt_path=last")
+    assert_same_run(run_dir, reference)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_ctrl_c_exits_130_and_the_resumed_run_is_the_same(reference, tmp_path):
+    run_dir = tmp_path / "interrupted"
+    process = start(run_dir, *SMALL)
+    wait_for(run_dir / "rollouts" / "step_000001.parquet", process)
+    process.send_signal(signal.SIGINT)
+    output = finish(process, expected=130)
+    assert "ckpt_path=last" in output and "Traceback" not in output
+    run(run_dir, *SMALL, "ckpt_path=last")
+    assert_same_run(run_dir, reference)
+
+
+@pytest.mark.parametrize("algo", ["raft", "raft_pp", "reinforce_rej"])
+def test_every_algorithm_trains_with_uniform_budgets(algo, tmp_path):
+    small = [o for o in SMALL if not o.startswith(("sampler", "limits"))]
+    run(
+        tmp_path / algo,
+        *small,
+        f"algo={algo}",
+        "sampler=uniform",
+        "limits.max_responses=64",
+        "algo.kl_coef=0.001",
+    )
+    summary = json.loads((tmp_path / algo / "summary.json").read_text())
+    assert summary["responses"] == 64 and summary["updates"] > 0
+    assert summary["pilot_share"] == 0
+
+
+def test_a_policy_exported_by_one_run_starts_another(reference, tmp_path):
+    small = [o for o in SMALL if not o.startswith("limits")]
+    run(
+        tmp_path / "next",
+        *small,
+        f"model.path={reference / 'policy'}",
+        f"init_from={reference / 'checkpoints' / 'best.ckpt'}",
+        "limits.max_responses=32",
+    )
+    assert (tmp_path / "next" / "summary.json").exists()
+
+
+def test_supervised_training_resumes_to_the_same_weights(tmp_path):
+    small = (
+        "algo=sft",
+        "num_threads=1",
+        "data.num_train=256",
+        "data.num_val=16",
+        "datamodule.batch_size=8",
+        "datamodule.updates_per_step=2",
+        "limits.max_responses=null",
+    )
+    run(tmp_path / "whole", *small, "limits.max_updates=6", "algo.scheduler.num_training_steps=6")
+    parts = tmp_path / "parts"
+    run(parts, *small, "limits.max_updates=4", "algo.scheduler.num_training_steps=6")
+    run(
+        parts,
+        *small,
+        "limits.max_updates=6",
+        "algo.scheduler.num_training_steps=6",
+        "ckpt_path=last",
+    )
+    ours, theirs = weights(parts), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real GSM8K file is not on this machine")
+def test_the_whole_loop_runs_on_the_real_gsm8k(tmp_path):
+    small = [o for o in SMALL if not o.startswith(("data.", "limits"))]
+    run(
+        tmp_path / "gsm8k",
+        *small,
+        "data=gsm8k",
+        f"data.path={SHARED_DATA / 'gsm8k' / 'train.jsonl'}",
+        "data.max_prompts=32",
+        "datamodule.max_prompt_tokens=1024",
+        "datamodule.max_response_tokens=16",
+        "limits.max_responses=64",
+    )
+    summary = json.loads((tmp_path / "gsm8k" / "summary.json").read_text())
+    assert summary["responses"] >= 64
