@@ -25,7 +25,9 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(vocab_size: int = 352, num_texts: int = 20_000) -> PreTrainedTokenizerFast:
-    corpus = ArithmeticCorpus(num_examples=num_texts)
+    corpus = ArithmeticCorpus(
+        num_examples=num_texts, hasty=(0.1, 0.7), sloppy=0.9, slip_rate=(0.2, 0.5)
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

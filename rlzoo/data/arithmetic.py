@@ -307,6 +307,7 @@ class ArithmeticCorpus:
         seed: of problems and habits.
         hasty, guess_off, slip_rate: probabilities at level 1 and level 5.
         sloppy: probability.
+        families: names from FAMILIES; one that stands twice is drawn twice as often.
     """
 
     def __init__(
@@ -317,8 +318,10 @@ class ArithmeticCorpus:
         guess_off: tuple[float, float] = (0.3, 0.95),
         sloppy: float = 0.8,
         slip_rate: tuple[float, float] = (0.15, 0.35),
+        families: tuple[str, ...] = tuple(FAMILIES),
     ) -> None:
         self.num_examples, self.seed = num_examples, seed
+        self.families = tuple(families)
         self.hasty, self.guess_off = tuple(hasty), tuple(guess_off)
         self.sloppy, self.slip_rate = sloppy, tuple(slip_rate)
 
@@ -329,7 +332,7 @@ class ArithmeticCorpus:
         """One (question, solution) of the train split; the same index gives the same pair."""
         rng = random.Random(f"{self.seed}/corpus/{index}")
         while True:
-            level, family = rng.choice(LEVELS), rng.choice(tuple(FAMILIES))
+            level, family = rng.choice(LEVELS), rng.choice(self.families)
             problem = FAMILIES[family](rng, level)
             if split_of(problem.question) == "train":
                 return problem.question, self.solution(problem, level, rng)
