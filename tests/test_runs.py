@@ -26,7 +26,7 @@ SMALL = (
     "datamodule.responses_per_prompt=4",
     "datamodule.responses_per_step=32",  # two rollout steps an epoch
     "sampler.callback.pilots=2",
-    "limits.max_responses=288",  # in the third epoch of 32 pilots and 64 responses
+    "limits.max_responses=288",  # three epochs of 32 pilots and 64 responses
     "algo.updates=2",
 )
 
@@ -80,7 +80,7 @@ def test_a_run_directory_explains_itself(reference):
     assert summary["responses"] == 288
     assert summary["pilot_share"] == pytest.approx(96 / 288)
     steps = len(read_metrics(reference / "metrics.csv")) - 1  # the first row is a validation
-    assert summary["updates"] == 2 * steps == 10  # a group of 55 filled most of an epoch
+    assert summary["updates"] == 2 * steps
     assert 0 < summary["planning_share"] < 1
     assert {"val_avg_at_8_first", "val_avg_at_8_last", "val_avg_at_8_best", "tokens", "seconds"} <= (
         summary.keys()

@@ -15,11 +15,13 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable, Sequence
 
 from rlzoo.rewards.math import Verdict
 from rlzoo.rewards.verifier import VerifierPool
 
-Pair = tuple[str, str]  # gold answer, response
+Pair = tuple[str, str]  # gold answer, response (from a Kind: an equal answer, spelt otherwise)
+Kind = Callable[[random.Random], Pair]
 
 POISON = (
     "10^{10^{10}}",
@@ -68,7 +70,7 @@ def response(rng: random.Random, answer: str) -> str:
     return rf"{steps} So the final answer is $\boxed{{{answer}}}$."
 
 
-def pairs(rng: random.Random, count: int, kinds: list) -> list[Pair]:
+def pairs(rng: random.Random, count: int, kinds: Sequence[Kind]) -> list[Pair]:
     """`count` pairs, of each kind in turn, about a third of them wrong."""
     drawn = []
     for i in range(count):

@@ -1,1 +1,1 @@
-"""Rewards. Kept empty of imports: every verifier worker imports this package and must start fast."""
+"""Rewards. No imports here: every verifier worker imports this package and must start fast."""

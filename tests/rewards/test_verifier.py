@@ -108,6 +108,10 @@ def test_a_hostile_gold_answer_is_unverifiable_and_no_other_is(pool: VerifierPoo
     assert verdicts == [UNVERIFIABLE, RIGHT]
 
 
+def test_an_endless_gold_answer_verifies_against_itself(pool: VerifierPool):
+    assert pool.verify([ENDLESS[0]], [boxed(f"{ENDLESS[0]}.")]) == [RIGHT]
+
+
 def test_an_answer_over_the_memory_cap_is_unverifiable_before_its_time_is_up():
     with VerifierPool(memory_mb=16, seconds_per_answer=30) as pool:
         pool.verify(["1"], [boxed("1")])

@@ -1,0 +1,30 @@
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+VOCABULARY = 40
+
+
+def make_tiny_model(seed: int = 0, tied: bool = False) -> Qwen2ForCausalLM:
+    """A random two-layer policy with outputs far from uniform."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_model() -> Qwen2ForCausalLM:
+    return make_tiny_model()

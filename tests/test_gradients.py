@@ -1,0 +1,140 @@
+"""The law of the loss: an optimizer step's gradient is one weighted mean, however it is split."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from rlzoo.algos import GRPO, RAFT, PolicyAlgorithm, ReinforceRej
+from rlzoo.logprobs import response_scores
+from rlzoo.microbatching import AGGREGATIONS
+from rlzoo.types import Rollouts
+from tests.conftest import make_tiny_model
+from tests.recorded import recorded_rollouts
+
+
+def algorithm(kind: type[PolicyAlgorithm] = GRPO, **options: object) -> PolicyAlgorithm:
+    made = kind(
+        policy=make_tiny_model,
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        max_response_tokens=9,
+        **options,
+    )
+    made.configure_model()
+    return made
+
+
+def gradient(
+    algo: PolicyAlgorithm,
+    rollouts: Rollouts,
+    accumulate: int = 1,
+    world_size: int = 1,
+    extra_padding: int = 0,
+) -> torch.Tensor:
+    """The averaged gradient, all parameters in one vector, as a strategy would arrive at it."""
+    algo.policy.zero_grad()
+    for rank in range(world_size):
+        for batch in algo.plan(rollouts, accumulate, rank, world_size):
+            if extra_padding:
+                for name in ("input_ids", "response_ids", "response_mask", "weights", "advantages"):
+                    tensor = getattr(batch, name)
+                    padding = tensor.new_zeros(tensor.shape[0], extra_padding)
+                    setattr(batch, name, torch.cat([tensor, padding], dim=1))
+            scores = response_scores(algo.policy, batch, algo.temperature)
+            # Off the policy a little, so that clipping acts, and the same however it is split.
+            batch.old_logprobs = scores.logprobs.detach() + 0.3 * torch.sin(7 * scores.logprobs.detach())
+            loss = algo.policy_loss(scores.logprobs, batch).loss_sum
+            (loss / max(batch.divisor, 1e-9)).backward()
+    return torch.cat([p.grad.flatten() for p in algo.policy.parameters()])
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.norm() > 1e-3
+    assert (actual - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("accumulate, world_size", [(2, 1), (1, 2), (3, 2), (4, 4)])
+def test_gradient_does_not_depend_on_microbatches_or_ranks(aggregation, accumulate, world_size):
+    rollouts = recorded_rollouts()  # 8 rollouts: (4, 4) leaves microbatches empty
+    algo = algorithm(aggregation=aggregation)
+    assert_same(gradient(algo, rollouts, accumulate, world_size), gradient(algo, rollouts))
+
+
+def test_gradient_does_not_depend_on_padding_columns():
+    algo, rollouts = algorithm(), recorded_rollouts()
+    assert_same(gradient(algo, rollouts, extra_padding=5), gradient(algo, rollouts))
+
+
+def test_gradient_does_not_depend_on_the_order_of_rollouts():
+    algo, rollouts = algorithm(), recorded_rollouts()
+    order = [5, 2, 7, 0, 3, 6, 1, 4]
+    shuffled = dataclasses.replace(
+        rollouts,
+        group_ids=rollouts.group_ids[order],
+        responses=[rollouts.responses[i] for i in order],
+        sampler_logprobs=[rollouts.sampler_logprobs[i] for i in order],
+        rewards=rollouts.rewards[order],
+    )
+    assert_same(gradient(algo, shuffled), gradient(algo, rollouts))
+
+
+def test_one_sgd_step_at_lr_1_is_the_same_on_one_and_on_four_ranks():
+    rollouts = recorded_rollouts()
+    stepped = []
+    for world_size in (1, 4):
+        algo = algorithm()
+        before = copy.deepcopy(algo.policy.state_dict())
+        gradient(algo, rollouts, accumulate=2, world_size=world_size)
+        torch.optim.SGD(algo.policy.parameters(), lr=1.0).step()
+        after = algo.policy.state_dict()
+        stepped.append(torch.cat([(after[k] - before[k]).flatten() for k in before]))
+    assert_same(stepped[1], stepped[0])
+
+
+def test_a_large_microbatch_computed_in_pieces_has_the_same_gradient():
+    rollouts, algo = recorded_rollouts(), algorithm()
+    (batch,) = algo.plan(rollouts, 1)
+    grads = []
+    for limit in (10_000, 20):
+        algo.max_tokens_per_microbatch = limit
+        algo.policy.zero_grad()
+        (algo.response_scores(batch).logprobs * batch.weights).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in algo.policy.parameters()]))
+    assert_same(grads[1], grads[0])
+
+
+def test_an_empty_selection_trains_an_empty_microbatch_with_zero_gradient():
+    rollouts = recorded_rollouts()
+    rollouts.rewards.zero_()
+    algo = algorithm(RAFT, rejected="drop")
+    (batch,) = algo.plan(rollouts, 1)
+    assert batch.divisor == 0
+    loss = algo.policy_loss(algo.response_scores(batch).logprobs, batch).loss_sum
+    loss.backward()
+    grads = [p.grad for p in algo.policy.parameters()]
+    assert all(grad is not None and not grad.any() for grad in grads)
+
+
+def test_rejected_rollouts_leave_the_denominator_or_stay_in_it():
+    rollouts = recorded_rollouts()
+    dropped, kept = (algorithm(RAFT, rejected=r).plan(rollouts, 1)[0] for r in ("drop", "zero"))
+    right = rollouts.rewards > 0
+    assert dropped.divisor == rollouts.lengths[right].sum()
+    assert kept.divisor == rollouts.lengths.sum()
+
+
+def test_reinforce_rej_credits_wrong_rollouts_with_minus_one():
+    rollouts = recorded_rollouts()
+    algo = algorithm(ReinforceRej, reward_scale="plus_minus_one", rejected="drop")
+    (batch,) = algo.plan(rollouts, 1)
+    assert set(batch.advantages[batch.response_mask].tolist()) == {-1.0, 1.0}
+
+
+def test_every_update_gets_the_same_number_of_rollouts():
+    rollouts = recorded_rollouts((5, 4, 3))
+    batches = algorithm(updates=4).plan(rollouts, accumulate=2)
+    assert len(batches) == 8 and [b.last for b in batches] == [False] * 7 + [True]
+    rows = [int(b.response_mask.any(1).sum()) for b in batches]
+    assert [rows[i] + rows[i + 1] for i in range(0, 8, 2)] == [3, 3, 3, 3]

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from rlzoo.callbacks.gvm import gradient_norms
+from rlzoo.gradnorms import head_gradient_norm
+from rlzoo.logprobs import response_scores
+from rlzoo.microbatching import Plan, collate
+from tests.conftest import make_tiny_model
+from tests.recorded import recorded_rollouts
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 40])  # Gram form below 16, the matrix from there
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_closed_form_equals_autograd(num_tokens, temperature):
+    generator = torch.Generator().manual_seed(num_tokens)
+    hidden = torch.randn(num_tokens, 16, generator=generator)
+    weight = torch.randn(50, 16, generator=generator, requires_grad=True)
+    tokens = torch.randint(50, (num_tokens,), generator=generator)
+    logprobs = (hidden @ weight.T / temperature).log_softmax(-1)
+    logprobs[torch.arange(num_tokens), tokens].sum().backward()
+    norm = head_gradient_norm(hidden, weight.detach(), tokens, temperature)
+    assert norm.item() == pytest.approx(weight.grad.norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [10_000, 30])
+def test_norms_of_rollouts_equal_autograd_through_the_policy(max_tokens):
+    policy, rollouts = make_tiny_model(), recorded_rollouts(longest=40)
+    chosen = [1, 3, 4, 7]
+    norms = gradient_norms(policy, rollouts, chosen, temperature=0.8, max_tokens=max_tokens)
+    for index, norm in zip(chosen, norms, strict=True):
+        batch = collate(rollouts, Plan([index], torch.ones(1), 1.0), torch.zeros(8), 1)
+        policy.zero_grad()
+        response_scores(policy, batch, 0.8).logprobs.sum().backward()
+        assert norm.item() == pytest.approx(policy.lm_head.weight.grad.norm().item(), rel=1e-5)
