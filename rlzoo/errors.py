@@ -6,3 +6,13 @@ class UserError(ValueError):
 
     `rlzoo.run` prints the message alone, without a stack trace, unless `debug=true`.
     """
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def check_at_least(key: str, value: float, low: float) -> None:
+    if value < low:
+        raise UserError(f"{key} must be at least {low}, got {value}.")

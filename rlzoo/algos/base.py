@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from rlzoo.algos.optimization import OptimizationModule
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.logprobs import TokenScores, response_scores
 from rlzoo.losses import LossOutput, kl_to_reference
 from rlzoo.metrics import WeightedMeans
@@ -90,6 +90,7 @@ class PolicyAlgorithm(OptimizationModule):
         self.max_logprob_gap, self.pad_token_id, self.seed = max_logprob_gap, pad_token_id, seed
         self.means = WeightedMeans()  # of the rollout step, over tokens
         self.gap: dict[str, float] = {}  # sampler against trainer log-probs of the rollout step
+        self.scores_old = True  # whether this rollout step's old log-probs were computed apart
         self._reference: list[nn.Module] = []  # in a list: not among the module's parameters
 
     # --- what makes an algorithm that algorithm ---------------------------------------------
@@ -248,13 +249,3 @@ class PolicyAlgorithm(OptimizationModule):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters by the names its own `named_parameters` gives them."""
         return self.policy.named_parameters()
-
-
-def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key} must be one of {', '.join(choices)}; got {value!r}.")
-
-
-def check_at_least(key: str, value: float, low: float) -> None:
-    if value < low:
-        raise UserError(f"{key} must be at least {low}, got {value}.")

@@ -5,9 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from rlzoo.advantages import group_advantages, split_groups
-from rlzoo.algos.base import check_choice
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, check_choice
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 

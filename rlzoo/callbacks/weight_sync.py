@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from lightning import LightningModule, Trainer
 
-from rlzoo.algos.base import check_choice
 from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.engines.base import weights_checksum
+from rlzoo.errors import check_choice
 
 
 class WeightSync(BoundaryCallback):

@@ -108,8 +108,8 @@ def test_a_hostile_gold_answer_is_unverifiable_and_no_other_is(pool: VerifierPoo
     assert verdicts == [UNVERIFIABLE, RIGHT]
 
 
-def test_an_endless_gold_answer_verifies_against_itself(pool: VerifierPool):
-    assert pool.verify([ENDLESS[0]], [boxed(f"{ENDLESS[0]}.")]) == [RIGHT]
+def test_every_endless_gold_answer_verifies_against_itself(pool: VerifierPool):
+    assert pool.verify(ENDLESS, [boxed(f" {answer}.") for answer in ENDLESS]) == [RIGHT] * 6
 
 
 def test_an_answer_over_the_memory_cap_is_unverifiable_before_its_time_is_up():
