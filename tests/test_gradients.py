@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlzoo.algos import GRPO, RAFT, PolicyAlgorithm, ReinforceRej
+from rlzoo.errors import UserError
 from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import AGGREGATIONS
 from rlzoo.types import Rollouts
@@ -138,3 +139,21 @@ def test_every_update_gets_the_same_number_of_rollouts():
     assert len(batches) == 8 and [b.last for b in batches] == [False] * 7 + [True]
     rows = [int(b.response_mask.any(1).sum()) for b in batches]
     assert [rows[i] + rows[i + 1] for i in range(0, 8, 2)] == [3, 3, 3, 3]
+
+
+def test_a_gap_between_engine_and_trainer_over_the_limit_stops_the_run():
+    algo, rollouts = algorithm(max_logprob_gap=0.1, updates=2), recorded_rollouts()
+    batches = algo.plan(rollouts, accumulate=1)
+    with pytest.raises(UserError, match="algo.max_logprob_gap=0.1"):
+        algo.score(batches, first=True)  # recorded log-probs are -1 throughout
+    algo.score(batches, first=False)
+    assert algo.gap["logprob_gap/mean"] > 0.1
+
+
+def test_the_reference_is_no_parameter_and_its_kl_is_zero_at_the_start():
+    algo, rollouts = algorithm(kl_coef=0.1, max_logprob_gap=1e9), recorded_rollouts()
+    names = [name for name, _ in algo.named_parameters()]
+    assert names and all(name.startswith("policy.") for name in names)
+    (batch,) = algo.plan(rollouts, accumulate=1)
+    algo.score([batch], first=True)
+    torch.testing.assert_close(batch.ref_logprobs, batch.old_logprobs)

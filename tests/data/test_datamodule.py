@@ -1,0 +1,137 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlzoo.allocators import Uniform
+from rlzoo.data.arithmetic import ArithmeticPrompts
+from rlzoo.data.datamodule import RolloutDataModule
+from rlzoo.data.rollout_loader import RolloutLoader
+from rlzoo.engines.transformers import TransformersEngine
+from rlzoo.errors import UserError
+from rlzoo.ledger import Limits
+from rlzoo.models.policy import load_tokenizer
+from rlzoo.progress import Bars
+from rlzoo.rewards.verifier import MathReward
+from rlzoo.types import Rollouts
+from tests.conftest import make_tiny_model
+
+TOKENIZER = load_tokenizer("tiny")
+
+
+def make(**sizes: int) -> RolloutDataModule:
+    data = RolloutDataModule(
+        ArithmeticPrompts(num_train=50, num_val=4),
+        TOKENIZER,
+        TransformersEngine(make_tiny_model, [0], 1),
+        MathReward(),
+        Uniform(),
+        Bars(enabled=False),
+        Limits(),
+        **{"prompts_per_epoch": 16, "responses_per_prompt": 4, "responses_per_step": 16} | sizes,
+    )
+    data.setup("fit")
+    draws = []
+
+    def draw(prompts: list, budgets: list[int], stream: str, rollout_step: int) -> Rollouts:
+        draws.append((rollout_step, [prompt.id for prompt in prompts], budgets))
+        chosen = [(p, n) for p, n in zip(prompts, budgets, strict=True) if n]
+        num = sum(budgets)
+        return Rollouts(
+            prompts=[p for p, _ in chosen],
+            group_ids=torch.arange(len(chosen)).repeat_interleave(
+                torch.tensor([n for _, n in chosen], dtype=torch.long)
+            ),
+            responses=[torch.zeros(1, dtype=torch.long)] * num,
+            sampler_logprobs=[torch.zeros(1)] * num,
+            truncated=torch.zeros(num, dtype=torch.bool),
+            rewards=torch.zeros(num),
+            verdicts=torch.zeros(num, dtype=torch.int8),
+            policy_version=0,
+            rollout_step=rollout_step,
+        )
+
+    data.drawer.draw, data.draws = draw, draws
+    return data
+
+
+def begin_epoch(data: RolloutDataModule, budgets: list[int]) -> None:
+    data.set_budgets({p.id: n for p, n in zip(data.shard(), budgets, strict=True)})
+
+
+RAGGED = [40, 0, 1, 3, 0, 2, 2, 0, 0, 1, 1, 4, 4, 3, 3, 0]  # the first fills two and a half steps
+
+
+@pytest.mark.parametrize("budgets", [[4] * 16, RAGGED, RAGGED[::-1]])
+def test_an_epoch_draws_exactly_its_budgets_in_whole_groups(budgets):
+    data = make()
+    begin_epoch(data, budgets)
+    order = [prompt.id for prompt in data.shard()]
+    sizes = [len(data.next_rollouts()) for _ in range(data.steps_per_epoch)]
+    assert sum(sizes) == 64 and not data.epoch_in_progress()
+    drawn = {i: n for _, ids, counts in data.draws for i, n in zip(ids, counts, strict=True)}
+    assert drawn == {i: n for i, n in zip(order, budgets, strict=True) if i in drawn}
+    for step in range(4):  # what one step overshoots the next gives back
+        assert 16 * (step + 1) <= sum(sizes[: step + 1]) < 16 * (step + 1) + max(budgets)
+
+
+def test_a_pass_shows_every_prompt_at_most_once_and_the_next_another_order():
+    data = make()
+    shards = []
+    for _ in range(6):
+        shards.append([prompt.id for prompt in data.shard()])
+        data.epoch += 1
+    first_pass = sum(shards[:3], [])
+    assert len(set(first_pass)) == 48  # of 50: two sit out
+    assert sum(shards[3:], []) != first_pass
+
+
+@pytest.mark.parametrize("budgets", [[4] * 15 + [5], [4] * 15 + [3], [-1, 9] + [4] * 14])
+def test_budgets_of_another_sum_or_below_zero_are_refused(budgets):
+    with pytest.raises(ValueError):
+        begin_epoch(make(), budgets)
+
+
+def test_a_restored_datamodule_draws_what_the_first_would_have_drawn():
+    data, other = make(), make()
+    begin_epoch(data, RAGGED[::-1])
+    data.next_rollouts()
+    other.load_state_dict(data.state_dict())
+    for module in (data, other):
+        module.draws.clear()
+        while module.epoch_in_progress():
+            module.next_rollouts()
+    assert data.draws == other.draws and other.draws
+
+
+def test_a_checkpoint_of_other_sizes_is_refused_with_the_mend():
+    state = make().state_dict()
+    with pytest.raises(UserError, match="init_from=CHECKPOINT"):
+        make(responses_per_prompt=8).load_state_dict(state)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match="64 responses, not a multiple of responses_per_step=24"):
+        make(responses_per_step=24)
+
+
+def test_more_prompts_an_epoch_than_there_are_is_refused():
+    with pytest.raises(UserError, match="prompts_per_epoch=64, but the data has only 50"):
+        make(prompts_per_epoch=64)
+
+
+def test_the_loader_has_a_length_and_draws_a_step_only_when_it_is_asked_for():
+    steps = []
+    source = SimpleNamespace(
+        steps_per_epoch=3,
+        microbatches_per_step=2,
+        epoch_in_progress=lambda: len(steps) < 3,
+        next_rollouts=lambda: steps.append(len(steps)) or len(steps),
+        prepare=lambda rollouts: [(rollouts, 0), (rollouts, 1)],
+    )
+    loader = RolloutLoader(source)
+    assert len(loader) == 6
+    batches = iter(loader)
+    assert steps == []
+    assert [next(batches), next(batches)] == [(1, 0), (1, 1)] and steps == [0]
+    assert len(list(batches)) == 4
