@@ -36,8 +36,8 @@ def test_a_singleton_gets_zero_or_its_reward_as_asked():
 
 
 def test_rewards_equal_but_for_rounding_are_degenerate():
-    a_third_thrice = (0.1 + 0.2, 0.3, 0.3)  # a floating std here is not 0
-    assert advantages(*a_third_thrice) == [0.0, 0.0, 0.0]
+    one_and_the_next_float = (1.0, 1.0 + 2**-23, 1.0)  # their std is not 0
+    assert advantages(*one_and_the_next_float) == [0.0, 0.0, 0.0]
 
 
 groups = st.lists(
