@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,3 +158,13 @@ def test_the_reference_is_no_parameter_and_its_kl_is_zero_at_the_start():
     (batch,) = algo.plan(rollouts, accumulate=1)
     algo.score([batch], first=True)
     torch.testing.assert_close(batch.ref_logprobs, batch.old_logprobs)
+
+
+def test_the_gap_is_known_with_one_update_a_step_too():
+    algo, rollouts = algorithm(), recorded_rollouts()
+    algo.trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1)
+    (batch,) = algo.plan(rollouts, accumulate=1)
+    algo.score([batch], first=False)
+    assert algo.gap == {}
+    algo.training_step(batch, 0)
+    assert algo.gap["logprob_gap/max"] > 0.1

@@ -89,7 +89,7 @@ class PolicyAlgorithm(OptimizationModule):
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.max_logprob_gap, self.pad_token_id, self.seed = max_logprob_gap, pad_token_id, seed
         self.means = WeightedMeans()  # of the rollout step, over tokens
-        self.gap: dict[str, float] = {}  # sampler against trainer log-probs of the rollout step
+        self._gap_sums = [0.0, 0.0, 0.0]  # tokens, sum and largest of the rollout step's gaps
         self.scores_old = True  # whether this rollout step's old log-probs were computed apart
         self._reference: list[nn.Module] = []  # in a list: not among the module's parameters
 
@@ -160,25 +160,34 @@ class PolicyAlgorithm(OptimizationModule):
         With one update per rollout step the ratio is 1 by construction, so old log-probs are taken
         from the training pass; the first rollout step always scores, to compare with the engine.
         """
-        self.gap = {}
+        self._gap_sums = [0.0, 0.0, 0.0]
         ratio_is_one = self.updates == 1 or not self.needs_old_logprobs
         self.scores_old = first or not ratio_is_one
-        tokens, total, largest = 0, 0.0, 0.0
         for batch in batches:
             on_device = batch.to(self.device)
             if self.scores_old:
                 batch.old_logprobs = self.response_scores(on_device).logprobs.cpu()
-                gap = (batch.old_logprobs - batch.sampler_logprobs)[batch.response_mask].abs()
-                tokens, total = tokens + gap.numel(), total + float(gap.double().sum())
-                largest = max(largest, float(gap.max()) if gap.numel() else 0.0)
+                self.note_gap(batch.old_logprobs, batch)
             if self._reference:
                 scores = response_scores(self._reference[0], on_device, self.temperature)
                 batch.ref_logprobs = scores.logprobs.cpu()
             on_progress(1)
-        if tokens:
-            self.gap = {"logprob_gap/mean": total / tokens, "logprob_gap/max": largest}
-            if first:
-                self.check_gap(total / tokens)
+        if first and self.gap:
+            self.check_gap(self.gap["logprob_gap/mean"])
+
+    def note_gap(self, logprobs: Tensor, batch: RolloutBatch) -> None:
+        """Adds a microbatch's |trainer - engine| log-probs, of the same weights, to the step's."""
+        gap = (logprobs - batch.sampler_logprobs)[batch.response_mask].abs()
+        if gap.numel():
+            tokens, total, largest = self._gap_sums
+            largest = max(largest, float(gap.max()))
+            self._gap_sums = [tokens + gap.numel(), total + float(gap.double().sum()), largest]
+
+    @property
+    def gap(self) -> dict[str, float]:
+        """Sampler against trainer log-probs of the rollout step so far, nats a token."""
+        tokens, total, largest = self._gap_sums
+        return {"logprob_gap/mean": total / tokens, "logprob_gap/max": largest} if tokens else {}
 
     def check_gap(self, mean_gap: float) -> None:
         if mean_gap > self.max_logprob_gap:
@@ -195,6 +204,8 @@ class PolicyAlgorithm(OptimizationModule):
         scores = self.response_scores(batch)
         if not self.scores_old:
             batch.old_logprobs = scores.logprobs.detach()
+            if self.updates == 1:  # later updates have other weights than the engine had
+                self.note_gap(batch.old_logprobs, batch)
         loss = self.policy_loss(scores.logprobs, batch)
         loss_sum, metrics = loss.loss_sum, dict(loss.metrics)
         if self.kl_coef > 0:

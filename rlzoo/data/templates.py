@@ -72,14 +72,14 @@ class PromptTemplate:
             if on_too_long == "error":
                 raise UserError(
                     f"Prompt {prompt.id!r} is {len(token_ids)} tokens long, over"
-                    f" max_prompt_tokens={max_prompt_tokens}. Raise the limit, or leave"
-                    " longer prompts out with on_too_long=drop."
+                    f" datamodule.max_prompt_tokens={max_prompt_tokens}. Raise the limit, or leave"
+                    " longer prompts out with datamodule.on_too_long=drop."
                 )
         if too_long:
             longest_id, longest = max(too_long, key=lambda pair: pair[1])
             report = (
                 f"{len(too_long)} of {len(prompts)} prompts are over"
-                f" max_prompt_tokens={max_prompt_tokens}; the longest,"
+                f" datamodule.max_prompt_tokens={max_prompt_tokens}; the longest,"
                 f" {longest_id!r}, has {longest} tokens"
             )
             if not encoded:
