@@ -161,8 +161,8 @@ def compute_on_a_rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_reduce_to_the_same_figures_when_one_has_no_data(tmp_path: Path):
-    # Forked: a spawned process spends seconds on importing torch anew.
-    mp.start_processes(compute_on_a_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    # Spawned: a fork of a process that has run threads may wait for one of them for ever.
+    mp.start_processes(compute_on_a_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
     expected = brute_force(*ragged_groups())
     for rank in range(2):
         passes, means = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
