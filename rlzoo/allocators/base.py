@@ -47,6 +47,7 @@ def round_to_total(
     Raises:
         ValueError: bounds that no integers of that sum satisfy.
     """
+    shares = np.where(shares < 1e-12 * shares.max(), 0.0, shares)  # too small to scale safely
     low = np.broadcast_to(np.asarray(low, float), shares.shape)
     top = np.broadcast_to(np.asarray(np.inf if high is None else high, float), shares.shape)
     if not low.sum() <= total <= top.sum():
