@@ -111,11 +111,13 @@ class Worker:
     answered: int = 0
 
     def kill(self) -> None:
-        # Its end of the pipe is not seen closed, so it has not been reaped: the pid is its own.
+        """End the process and drop its unread reports."""
         try:
+            while self.connection.poll():
+                self.connection.recv_bytes()
             os.kill(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it ended by itself a moment ago
+        except (EOFError, ConnectionResetError, ProcessLookupError):
+            pass  # it has ended by itself, and its pid may be another process's by now
         self.connection.close()
 
 
@@ -172,7 +174,7 @@ class VerifierPool:
 
         Raises:
             ValueError: not as many gold answers as responses.
-            RuntimeError: the workers cannot be started.
+            RuntimeError, OSError: the workers cannot be started.
         """
         if len(golds) != len(responses):
             raise ValueError(f"{len(golds)} gold answers for {len(responses)} responses")
@@ -200,6 +202,8 @@ class VerifierPool:
         answers = [shorten(response) for response in responses]
         longest = [max(len(gold), len(answer)) for gold, answer in zip(golds, answers)]
         waiting = deque(i for i, size in enumerate(longest) if size <= self.max_answer_chars)
+        if not waiting:
+            on_progress(len(verdicts))
         while waiting or any(worker.batch for worker in self._workers):
             if waiting:
                 self._fill_pool()
@@ -268,10 +272,12 @@ class VerifierPool:
                 self._server = WorkerServer(self.memory_mb)
                 atexit.register(self.close)
             try:
-                self._workers.append(self._server.fork())
+                worker = self._server.fork()
             except OSError:  # the server was killed, and its workers with it
                 self._server.close()
                 self._server = WorkerServer(self.memory_mb)
+                worker = self._server.fork()
+            self._workers.append(worker)
 
     def _stop(self) -> None:
         if self._owner == os.getpid():
@@ -336,9 +342,10 @@ class MathReward:
         ]
         verdicts = torch.full((len(texts),), int(Verdict.WRONG), dtype=torch.int8)  # [N]
         golds, responses = [prompts[i].answer for i in judged], [texts[i] for i in judged]
-        verdicts[judged] = torch.tensor(
-            self.pool.verify(golds, responses, on_progress), dtype=torch.int8
-        )
+        num_unseen = len(texts) - len(judged)
+        report = on_progress and (lambda num_known: on_progress(num_unseen + num_known))
+        known = self.pool.verify(golds, responses, report)
+        verdicts[judged] = torch.tensor(known, dtype=torch.int8)
         return Scores((verdicts == int(Verdict.RIGHT)).float(), verdicts)
 
     def close(self) -> None:

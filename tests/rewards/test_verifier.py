@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -146,6 +146,21 @@ def test_progress_rises_to_the_number_of_answers(pool: VerifierPool):
     assert len(set(known)) > 3
 
 
+def test_progress_counts_answers_that_are_all_too_long():
+    known: list[int] = []
+    assert VerifierPool().verify(["5"] * 3, ["9" * 30_000] * 3, known.append) == [UNVERIFIABLE] * 3
+    assert known == [3]
+
+
+def test_progress_counts_responses_that_are_wrong_unseen():
+    known: list[int] = []
+    prompts = [Prompt(id=str(i), question="?", answer="5") for i in range(4)]
+    reward = MathReward(num_workers=1, truncated_is_wrong=True)
+    reward(prompts, [boxed("5.0")] * 4, [False, True, True, False], known.append)
+    reward.close()
+    assert known[-1] == 4
+
+
 def test_idle_workers_that_were_killed_are_replaced_without_blame(pool: VerifierPool):
     killed = worker_pids(pool)
     for pid in killed:
@@ -153,6 +168,24 @@ def test_idle_workers_that_were_killed_are_replaced_without_blame(pool: Verifier
     wait_until_gone(killed)
     assert pool.verify(["5"] * 40, [boxed("5.0")] * 40) == [RIGHT] * 40
     assert not set(killed) & set(worker_pids(pool))
+
+
+@pytest.mark.parametrize("end", [VerifierPool.close, lambda pool: pool.verify(["5"], ["5.0"])])
+def test_the_pid_of_a_worker_that_ended_by_itself_is_never_signalled(
+    end: Callable[[VerifierPool], object],
+):
+    with VerifierPool(num_workers=1) as pool:
+        pool.verify(["1"], [boxed("1.0")])
+        (worker,) = pool._workers
+        os.kill(worker.pid, signal.SIGKILL)
+        wait_until_gone([worker.pid])
+        with subprocess.Popen(["sleep", "60"]) as heir:
+            worker.pid = heir.pid  # as if the system had given the number out again
+            end(pool)
+            time.sleep(0.2)
+            has_survived = heir.poll() is None
+            heir.kill()
+    assert has_survived
 
 
 def test_a_killed_server_is_started_again(pool: VerifierPool):
