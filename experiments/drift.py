@@ -1,0 +1,64 @@
+"""How far a finished run's policy has moved: entropy, and KL to the policy it started from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from rlzoo.engines.base import Request, SamplingParams
+from rlzoo.engines.transformers import TransformersEngine
+from rlzoo.logprobs import response_scores
+from rlzoo.microbatching import Plan, collate
+from rlzoo.models.policy import eos_token_ids, load_policy, load_tokenizer
+from rlzoo.rng import response_seed
+from rlzoo.types import Rollouts
+
+NUM_PROMPTS = 256
+
+
+@torch.no_grad()
+def entropy_and_kl_to_start(run_dir: Path) -> dict[str, float]:
+    """Token means, nats, over one response of the final policy to each of 256 validation prompts.
+
+    The KL is estimated by the mean log-ratio of the sampled tokens (k1), on the policy's own
+    responses.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    config = OmegaConf.load(run_dir / "config.yaml")
+    tokenizer = load_tokenizer(config.model.path)
+    start = load_policy(config.model.path, init_from=config.init_from).eval()
+    final = load_policy(str(run_dir / "policy")).eval()
+    source, size = instantiate(config.data), config.datamodule
+    prompts = source.template.encode(source.load("val"), tokenizer, size.max_prompt_tokens)
+    prompts = prompts[:NUM_PROMPTS]
+    engine = TransformersEngine(
+        lambda: load_policy(str(run_dir / "policy")),
+        eos_token_ids(config.model.path, tokenizer),
+        tokenizer.pad_token_id,
+    )
+    engine.load_weights(final.named_parameters(), 0)
+    requests = [Request(p.token_ids, (response_seed(0, "eval", 0, 0, p.id, 0),)) for p in prompts]
+    params = SamplingParams(size.temperature, size.max_response_tokens)
+    drawn = [response for (response,) in engine.generate(requests, params, 0)]
+    nothing = torch.zeros(len(drawn))
+    rollouts = Rollouts(
+        prompts=prompts,
+        group_ids=torch.arange(len(drawn)),
+        responses=[response.token_ids for response in drawn],
+        sampler_logprobs=[response.logprobs for response in drawn],
+        truncated=nothing.bool(),
+        rewards=nothing,
+        verdicts=nothing.to(torch.int8),
+        policy_version=0,
+        rollout_step=0,
+    )
+    plan = Plan(list(range(len(drawn))), torch.ones(len(drawn)), 1.0)
+    batch = collate(rollouts, plan, nothing, tokenizer.pad_token_id)
+    now, then = (response_scores(p, batch, size.temperature) for p in (final, start))
+    mask = batch.response_mask
+    kl = (now.logprobs - then.logprobs)[mask].mean()
+    return {"entropy": float(now.entropy[mask].mean()), "kl_to_start": float(kl)}

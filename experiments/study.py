@@ -1,0 +1,156 @@
+"""Runs a study: named variants of a run, over seeds, at equal cost; then its tables and figure.
+
+    python experiments/study.py experiments/NAME [--seeds 3] [--jobs 2] [--runs outputs/NAME]
+
+`experiments/NAME/variants.yaml` names the variants, each a list of overrides, and the overrides
+common to all. Every run is a process of its own with one thread; runs that are already there are
+not run again, interrupted ones are resumed. Written beside the variants: `results.csv` (a row per
+run), `curves.csv` (a row per validation), `table.md` (a row per variant) and `figure.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import scipy.stats  # noqa: E402
+import yaml  # noqa: E402
+
+from drift import entropy_and_kl_to_start  # noqa: E402
+
+Job = tuple[str, int]  # variant, seed
+SPENT = ("responses", "tokens", "updates", "seconds", "planning_share", "pilot_share")
+CURVE = ("responses", "tokens", "updates", "time/seconds", "val/avg_at_8", "val/pass_at_8")
+
+
+def run(run_dir: Path, overrides: list[str], seed: int) -> Path:
+    """Runs or resumes one job; raises CalledProcessError if it fails."""
+    if not (run_dir / "summary.json").exists():
+        command = [sys.executable, "-m", "rlzoo.run", *overrides, f"seed={seed}"]
+        command += [f"run_dir={run_dir}", "num_threads=1"]
+        if run_dir.exists():
+            command.append("ckpt_path=last")
+        with open(f"{run_dir}.out", "a") as out:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, env=environment, stdout=out, stderr=out)
+    print(f"{run_dir.name} is done", flush=True)
+    return run_dir
+
+
+def curve(run_dir: Path) -> list[dict[str, str]]:
+    with open(run_dir / "metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("val/avg_at_8")]
+
+
+def result(job: Job, run_dir: Path) -> dict[str, object]:
+    """One row of results.csv."""
+    summary = json.loads((run_dir / "summary.json").read_text())
+    row: dict[str, object] = {"variant": job[0], "seed": job[1]}
+    row |= {f"avg_at_8_{k}": summary[f"val_avg_at_8_{k}"] for k in ("first", "last", "best")}
+    row["pass_at_8_last"] = float(curve(run_dir)[-1]["val/pass_at_8"])
+    return row | {name: summary[name] for name in SPENT} | entropy_and_kl_to_start(run_dir)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half width of the 95% interval of the mean over seeds (Student's t)."""
+    x = np.asarray(values, float)
+    if len(x) < 2:
+        return f"{x.mean():.1f}"
+    half = scipy.stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return f"{x.mean():.1f} ± {half:.1f}"
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a row per variant; figures at the last validation, in the order of variants."""
+    lines = [
+        "| variant | avg@8 first → last, % | gain (lowest), points | best − last | pass@8 last, % |"
+        " entropy, nats | KL to start, nats | tokens, k | updates | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == variant]
+        get = lambda name, scale=1.0: [scale * float(row[name]) for row in mine]  # noqa: E731
+        first, last, best = (get(f"avg_at_8_{which}", 100) for which in ("first", "last", "best"))
+        gain = np.subtract(last, first)
+        mean = lambda name, scale=1.0: float(np.mean(get(name, scale)))  # noqa: E731
+        lines.append(
+            f"| {variant} | {np.mean(first):.1f} → {interval(last)} | {gain.mean():.1f} ({gain.min():.1f})"
+            f" | {np.mean(np.subtract(best, last)):.1f} | {interval(get('pass_at_8_last', 100))}"
+            f" | {mean('entropy'):.3f} | {mean('kl_to_start'):.3f} | {mean('tokens', 1e-3):.0f}"
+            f" | {mean('updates'):.0f} | {mean('seconds'):.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: dict[Job, Path], path: Path, title: str) -> None:
+    """Mean over seeds of avg@8 against responses, with the range of seeds shaded."""
+    variants = list(dict.fromkeys(variant for variant, _ in runs))
+    colours = plt.get_cmap("tab20" if len(variants) > 10 else "tab10").colors
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    for i, variant in enumerate(variants):
+        curves = [curve(run_dir) for (name, _), run_dir in runs.items() if name == variant]
+        length = min(map(len, curves))
+        x = np.mean([[int(p["responses"]) for p in c[:length]] for c in curves], axis=0)
+        y = np.array([[100 * float(p["val/avg_at_8"]) for p in c[:length]] for c in curves])
+        style = {"color": colours[i % len(colours)], "linestyle": "-" if i < 20 else "--"}
+        axes.plot(x, y.mean(0), marker=".", label=variant, **style)
+        axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.12, linewidth=0)
+    axes.set(xlabel="responses drawn, pilots and filtered ones included", title=title)
+    axes.set_ylabel("validation avg@8, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2 if len(variants) > 6 else 1)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="experiments/NAME, with variants.yaml")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--runs", type=Path, help="run directories; outputs/NAME if not given")
+    args = parser.parse_args()
+    study = yaml.safe_load((args.folder / "variants.yaml").read_text())
+    folder = args.runs or Path("outputs") / args.folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(variant, seed) for seed in range(args.seeds) for variant in study["variants"]]
+
+    def work(job: Job) -> Path:
+        overrides = study.get("common", []) + study["variants"][job[0]]
+        return run(folder / f"{job[0]}_{job[1]}", overrides, job[1])
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = dict(zip(jobs, pool.map(work, jobs), strict=True))
+    runs = {job: runs[job] for job in sorted(jobs, key=lambda j: (list(study["variants"]).index(j[0]), j[1]))}
+    rows = [result(job, run_dir) for job, run_dir in runs.items()]
+    write_csv(args.folder / "results.csv", rows)
+    points = [
+        {"variant": v, "seed": s} | {name: point[name] for name in CURVE}
+        for (v, s), run_dir in runs.items()
+        for point in curve(run_dir)
+    ]
+    write_csv(args.folder / "curves.csv", points)
+    (args.folder / "table.md").write_text(table(rows))
+    draw(runs, args.folder / "figure.png", study["title"])
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
