@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +36,8 @@ STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 CURVE = ("responses", "tokens", "updates", "time/seconds", "val/avg_at_8", "val/pass_at_8")
 
 
-def run(run_dir: Path, overrides: list[str], seed: int) -> Path:
-    """Runs or resumes one job; raises CalledProcessError if it fails."""
+def run(run_dir: Path, overrides: list[str], seed: int) -> Path | None:
+    """Runs or resumes one job, in its own directory; None if it failed."""
     if not (run_dir / "summary.json").exists():
         command = [sys.executable, "-m", "rlzoo.run", *overrides, f"seed={seed}"]
         command += [f"run_dir={run_dir}", "num_threads=1"]
@@ -44,7 +45,10 @@ def run(run_dir: Path, overrides: list[str], seed: int) -> Path:
             command.append("ckpt_path=last")
         with open(f"{run_dir}.out", "a") as out:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(command, check=True, env=environment, stdout=out, stderr=out)
+            code = subprocess.run(command, env=environment, stdout=out, stderr=out).returncode
+        if code:
+            print(f"{run_dir.name} failed with exit code {code}: see {run_dir}.out", flush=True)
+            return None
     print(f"{run_dir.name} is done", flush=True)
     return run_dir
 
@@ -135,11 +139,14 @@ def main() -> None:
 
     def work(job: Job) -> Path:
         overrides = study.get("common", []) + study["variants"][job[0]]
-        return run(folder / f"{job[0]}_{job[1]}", overrides, job[1])
+        return run(folder / re.sub(r"[^\w.-]+", "_", f"{job[0]}_{job[1]}"), overrides, job[1])
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = dict(zip(jobs, pool.map(work, jobs), strict=True))
-    runs = {job: runs[job] for job in sorted(jobs, key=lambda j: (list(study["variants"]).index(j[0]), j[1]))}
+        done = dict(zip(jobs, pool.map(work, jobs), strict=True))
+    if None in done.values():
+        sys.exit("Some runs failed: mend them and call the study again; the others are kept.")
+    by_variant = [(variant, seed) for variant in study["variants"] for seed in range(args.seeds)]
+    runs = {job: done[job] for job in by_variant}
     rows = [result(job, run_dir) for job, run_dir in runs.items()]
     write_csv(args.folder / "results.csv", rows)
     points = [
