@@ -57,7 +57,7 @@ def entropy_and_kl_to_start(run_dir: Path) -> dict[str, float]:
         rollout_step=0,
     )
     plan = Plan(list(range(len(drawn))), torch.ones(len(drawn)), 1.0)
-    batch = collate(rollouts, plan, nothing, tokenizer.pad_token_id)
+    batch = collate(rollouts, plan, tokenizer.pad_token_id)
     now, then = (response_scores(p, batch, size.temperature) for p in (final, start))
     mask = batch.response_mask
     kl = (now.logprobs - then.logprobs)[mask].mean()

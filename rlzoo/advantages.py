@@ -77,6 +77,75 @@ def group_advantages(
     return advantages
 
 
+def leave_one_out_advantages(
+    rewards: Tensor, group_ids: Tensor, *, singleton: str = "zero"
+) -> Tensor:
+    """RLOO: the reward minus the mean reward of the others in its group (arXiv:2402.14740 Eq. 8).
+
+    Args:
+        rewards, group_ids, singleton: as in `group_advantages`.
+
+    Returns:
+        [N]
+    """
+    stats = group_stats(rewards, group_ids)
+    advantages = (rewards - stats.mean) * stats.size / (stats.size - 1).clamp(min=1)
+    alone = rewards if singleton == "reward" else torch.zeros_like(rewards)
+    return torch.where(stats.size == 1, alone, advantages)
+
+
+def whiten(values: Tensor, weights: Tensor, *, epsilon: float = 1e-8) -> Tensor:
+    """Values minus their mean, over their standard deviation (unbiased, as in verl).
+
+    Args:
+        values: any shape.
+        weights: same shape, how often each value counts: a mask, or the tokens of a rollout.
+        epsilon: added to the variance.
+
+    Returns:
+        Same shape; 0 where the weight is 0, and everywhere if fewer than two values count.
+    """
+    wide, count = values.double(), weights.double()
+    total = count.sum()
+    if total < 2:
+        return torch.zeros_like(values)
+    mean = (wide * count).sum() / total
+    variance = ((wide - mean) ** 2 * count).sum() / (total - 1)
+    return torch.where(count > 0, (wide - mean) / (variance + epsilon).sqrt(), 0.0).to(values.dtype)
+
+
+class Credit(NamedTuple):
+    advantages: Tensor  # [N, T]
+    returns: Tensor  # [N, T] targets of the critic
+
+
+def generalized_advantages(
+    token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 1.0
+) -> Credit:
+    """Generalized advantage estimation (arXiv:1506.02438 Eq. 16), and returns A + V.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with the value after
+    a response's last token taken as 0 (reference code lets that of the padding leak in where
+    lam < 1; algorithms.md 1.7).
+
+    Args:
+        token_rewards: [N, T]; outcome rewards stand at the last token of a response.
+        values: [N, T] of the state before each token.
+        mask: [N, T] bool, response tokens; each row's are contiguous from its first column.
+
+    Returns:
+        Both 0 off the mask.
+    """
+    values = torch.where(mask, values, 0.0)
+    advantages = torch.zeros_like(values)
+    later = next_value = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = token_rewards[:, t] + gamma * next_value - values[:, t]
+        later = torch.where(mask[:, t], delta + gamma * lam * later, 0.0)
+        advantages[:, t], next_value = later, values[:, t]
+    return Credit(advantages, torch.where(mask, advantages + values, 0.0))
+
+
 def split_groups(group_ids: Tensor, size: int) -> Tensor:
     """Group ids in which groups are cut, in order, into groups of at most `size`.
 

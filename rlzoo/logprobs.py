@@ -15,10 +15,16 @@ CHUNK_ELEMENTS = 2**26  # logits held at once, elements of float32 (256 MiB)
 
 class TokenScores(NamedTuple):
     logprobs: Tensor  # [M] nats, float32; carries gradient if the hidden states do
-    entropy: Tensor  # [M] nats, float32, of the tempered distribution; no gradient
+    entropy: Tensor  # [M] nats, float32, of the tempered distribution
 
 
-def token_scores(hidden: Tensor, head: nn.Module, tokens: Tensor, temperature: float) -> TokenScores:
+def token_scores(
+    hidden: Tensor,
+    head: nn.Module,
+    tokens: Tensor,
+    temperature: float,
+    entropy_gradient: bool = False,
+) -> TokenScores:
     """Log-prob and entropy at M positions.
 
     Args:
@@ -26,14 +32,15 @@ def token_scores(hidden: Tensor, head: nn.Module, tokens: Tensor, temperature: f
         head: the output head, called as a module so that sharding hooks run.
         tokens: [M] int64.
         temperature: logits are divided by it, as they were in sampling.
+        entropy_gradient: whether the entropy carries gradient, for an entropy bonus.
     """
 
     def chunk_scores(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(h).float() / temperature  # [m, V]
         log_norm = logits.logsumexp(-1)
         logprobs = logits.gather(-1, t[:, None])[:, 0] - log_norm
-        with torch.no_grad():
-            all_logprobs = logits.detach() - log_norm.detach()[:, None]
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            all_logprobs = logits - log_norm[:, None]
             entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
         return logprobs, entropy
 
@@ -64,14 +71,27 @@ def response_hidden(policy: nn.Module, batch: RolloutBatch) -> Tensor:
     return hidden[rows, batch.prompt_lengths[rows] - 1 + offsets]
 
 
-def response_scores(policy: nn.Module, batch: RolloutBatch, temperature: float) -> TokenScores:
-    """Log-probs and entropies of a microbatch's response tokens, each [B, T]; 0 off the response."""
-    mask = batch.response_mask
-    scores = token_scores(
-        response_hidden(policy, batch),
-        policy.get_output_embeddings(),
-        batch.response_ids[mask],
-        temperature,
-    )
+def response_scores(
+    policy: nn.Module,
+    batch: RolloutBatch,
+    temperature: float,
+    hidden: Tensor | None = None,
+    entropy_gradient: bool = False,
+) -> TokenScores:
+    """Log-probs and entropies of a microbatch's response tokens, each [B, T]; 0 off the response.
+
+    Args:
+        hidden: [M, D] of `response_hidden`, computed here if absent.
+    """
+    if hidden is None:
+        hidden = response_hidden(policy, batch)
+    tokens = batch.response_ids[batch.response_mask]
+    head = policy.get_output_embeddings()
+    scores = token_scores(hidden, head, tokens, temperature, entropy_gradient)
+    return TokenScores(*(spread(score, batch.response_mask) for score in scores))
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] float32: the [M] values on the mask's True places, in order, and 0 elsewhere."""
     blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return TokenScores(*(blank.masked_scatter(mask, score) for score in scores))
+    return blank.masked_scatter(mask, values)

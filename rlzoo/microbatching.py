@@ -48,9 +48,9 @@ def token_weights(
     return TokenWeights(per_token.float(), float(divisor))
 
 
-def split_updates(units: Sequence[int], updates: int, seed: int) -> list[list[int]]:
-    """Deals units (rollouts) out to optimizer steps, in a seeded order, as evenly as can be."""
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(np.asarray(units, int))
+def split_updates(num_units: int, updates: int, seed: int) -> list[list[int]]:
+    """Deals units (rollouts or pairs) out to optimizer steps, seeded, as evenly as can be."""
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(num_units)
     return [part.tolist() for part in np.array_split(order, updates)]
 
 
@@ -81,63 +81,67 @@ class Plan(NamedTuple):
 
 def plan_microbatches(
     rollouts: Rollouts,
-    trained: Sequence[int],
+    units: Sequence[Sequence[int]],
     *,
     updates: int,
+    passes: int = 1,
     accumulate: int,
     rank: int,
     world_size: int,
     aggregation: str,
     max_length: int,
     seed: int,
-    rollout_weights: Tensor | None = None,
 ) -> list[Plan]:
-    """Exactly `updates * accumulate` microbatches for this rank, balanced by tokens.
+    """Exactly `passes * updates * accumulate` microbatches for this rank, balanced by tokens.
 
     Every rank makes the whole plan from the same rollouts and keeps its own part, so divisors
     need no communication.
 
     Args:
-        trained: indices of the rollouts that train.
+        units: indices of the rollouts that train, those that must not be split together.
+        updates: optimizer steps of a pass over the units.
+        passes: times that all units are trained on, each time in another order.
         accumulate: microbatches per optimizer step and rank.
-        rollout_weights: [N], 1 if absent.
     """
     lengths = rollouts.lengths
-    weights = torch.ones(len(rollouts)) if rollout_weights is None else rollout_weights
+    weights = torch.ones(len(rollouts)) if rollouts.weights is None else rollouts.weights
+    costs = [sum(rollouts.num_tokens(i) for i in unit) for unit in units]
     plans = []
-    for unit in split_updates(trained, updates, derive_seed(seed, "updates", rollouts.rollout_step)):
-        index = torch.tensor(unit, dtype=torch.long)
-        token = token_weights(lengths[index], weights[index], aggregation, max_length)
-        prompts = [len(rollouts.prompts[int(g)].token_ids) for g in rollouts.group_ids[index]]
-        costs = [p + int(n) for p, n in zip(prompts, lengths[index], strict=True)]
-        parts = balance(costs, world_size * accumulate)
-        for part in parts[rank * accumulate : (rank + 1) * accumulate]:
-            plans.append(Plan([unit[i] for i in part], token.per_token[part], token.divisor))
+    for pass_ in range(passes):
+        order = derive_seed(seed, "updates", rollouts.rollout_step, pass_)
+        for update in split_updates(len(units), updates, order):
+            index = torch.tensor([i for u in update for i in units[u]], dtype=torch.long)
+            token = token_weights(lengths[index], weights[index], aggregation, max_length)
+            per_token = dict(zip(index.tolist(), token.per_token, strict=True))
+            parts = balance([costs[u] for u in update], world_size * accumulate)
+            for part in parts[rank * accumulate : (rank + 1) * accumulate]:
+                mine = [i for place in part for i in units[update[place]]]
+                stacked = torch.stack([per_token[i] for i in mine]) if mine else torch.zeros(0)
+                plans.append(Plan(mine, stacked, token.divisor))
     return plans
 
 
-def collate(rollouts: Rollouts, plan: Plan, advantages: Tensor, pad_token_id: int) -> RolloutBatch:
+def collate(
+    rollouts: Rollouts,
+    plan: Plan,
+    pad_token_id: int,
+    advantages: Tensor | Sequence[Tensor] | None = None,
+) -> RolloutBatch:
     """Pads the rollouts of a plan into a microbatch.
 
     Args:
-        advantages: [N], repeated over each response's tokens.
+        advantages: [N], each repeated over its response's tokens, or N x [L]; 0 if absent.
     """
     rows = max(1, len(plan.rollouts))
     prompts = [rollouts.prompts[int(rollouts.group_ids[i])].token_ids for i in plan.rollouts]
     responses = [rollouts.responses[i] for i in plan.rollouts]
     width = max((len(r) for r in responses), default=1)
     total = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=2)
-    zeros = lambda: torch.zeros(rows, width)  # noqa: E731
-    tensors = {
+    tensors = {name: torch.zeros(rows, width) for name in RolloutBatch.TENSORS} | {
         "input_ids": torch.full((rows, total), pad_token_id),
         "prompt_lengths": torch.ones(rows, dtype=torch.long),
         "response_ids": torch.full((rows, width), pad_token_id),
         "response_mask": torch.zeros(rows, width, dtype=torch.bool),
-        "weights": zeros(),
-        "advantages": zeros(),
-        "sampler_logprobs": zeros(),
-        "old_logprobs": zeros(),
-        "ref_logprobs": zeros(),
     }
     for row, (i, prompt, response) in enumerate(zip(plan.rollouts, prompts, responses, strict=True)):
         start, end = len(prompt), len(prompt) + len(response)
@@ -147,6 +151,9 @@ def collate(rollouts: Rollouts, plan: Plan, advantages: Tensor, pad_token_id: in
         tensors["response_ids"][row, : len(response)] = response
         tensors["response_mask"][row, : len(response)] = True
         tensors["weights"][row, : len(response)] = plan.per_token[row]
-        tensors["advantages"][row, : len(response)] = advantages[i]
+        if advantages is not None:
+            tensors["advantages"][row, : len(response)] = advantages[i]
         tensors["sampler_logprobs"][row, : len(response)] = rollouts.sampler_logprobs[i]
+        for name, scores in rollouts.scores.items():
+            tensors[name][row, : len(response)] = scores[i]
     return RolloutBatch(tensors, plan.divisor)

@@ -55,6 +55,10 @@ class Rollouts:
     policy_version: int
     rollout_step: int
     num_near_ties: int = 0  # tokens that rounding may decide
+    replayed: bool = False  # read from a file, not drawn by this run
+    weights: Tensor | None = None  # [N] float32, what each counts for in the loss; None is 1
+    scores: dict[str, list[Tensor]] = field(default_factory=dict)  # name -> N x [L] float32, of
+    # the trainer's models: old_logprobs, ref_logprobs, values, returns; empty where not scored
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -63,6 +67,10 @@ class Rollouts:
     def lengths(self) -> Tensor:
         """[N] int64, response tokens."""
         return torch.tensor([len(r) for r in self.responses], dtype=torch.long)
+
+    def num_tokens(self, i: int) -> int:
+        """Tokens of rollout i, its prompt included."""
+        return len(self.prompts[int(self.group_ids[i])].token_ids) + len(self.responses[i])
 
 
 class RolloutBatch:
@@ -83,6 +91,8 @@ class RolloutBatch:
         "sampler_logprobs",  # [B, T] float32 nats
         "old_logprobs",  # [B, T] float32 nats
         "ref_logprobs",  # [B, T] float32 nats
+        "values",  # [B, T] float32, of the critic when the rollouts were scored
+        "returns",  # [B, T] float32, targets of the critic
     )
     input_ids: Tensor
     prompt_lengths: Tensor
@@ -93,6 +103,8 @@ class RolloutBatch:
     sampler_logprobs: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
+    values: Tensor
+    returns: Tensor
 
     def __init__(self, tensors: dict[str, Tensor], divisor: float, last: bool = False) -> None:
         self.__dict__.update(tensors)
@@ -105,6 +117,10 @@ class RolloutBatch:
     def to(self, device: torch.device | str, **_: object) -> RolloutBatch:
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return RolloutBatch(moved, self.divisor, self.last)
+
+    def replaced(self, **tensors: Tensor) -> RolloutBatch:
+        """The same microbatch but for some tensors."""
+        return RolloutBatch(self.tensors() | tensors, self.divisor, self.last)
 
     def row_slices(self, max_tokens: int) -> list[slice]:
         """Runs of rows that hold at most `max_tokens` tokens each (one row at least)."""

@@ -11,7 +11,7 @@ from rlzoo.algos import GRPO, RAFT, PolicyAlgorithm, ReinforceRej
 from rlzoo.errors import UserError
 from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import AGGREGATIONS
-from rlzoo.types import Rollouts
+from rlzoo.types import RolloutBatch, Rollouts
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
 
@@ -102,7 +102,7 @@ def test_a_large_microbatch_computed_in_pieces_has_the_same_gradient():
     for limit in (10_000, 20):
         algo.max_tokens_per_microbatch = limit
         algo.policy.zero_grad()
-        (algo.response_scores(batch).logprobs * batch.weights).sum().backward()
+        (algo.forward_scores(batch)["logprobs"] * batch.weights).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in algo.policy.parameters()]))
     assert_same(grads[1], grads[0])
 
@@ -113,7 +113,7 @@ def test_an_empty_selection_trains_an_empty_microbatch_with_zero_gradient():
     algo = algorithm(RAFT, rejected="drop")
     (batch,) = algo.plan(rollouts, 1)
     assert batch.divisor == 0
-    loss = algo.policy_loss(algo.response_scores(batch).logprobs, batch).loss_sum
+    loss = algo.policy_loss(algo.forward_scores(batch)["logprobs"], batch).loss_sum
     loss.backward()
     grads = [p.grad for p in algo.policy.parameters()]
     assert all(grad is not None and not grad.any() for grad in grads)
@@ -142,29 +142,48 @@ def test_every_update_gets_the_same_number_of_rollouts():
     assert [rows[i] + rows[i + 1] for i in range(0, 8, 2)] == [3, 3, 3, 3]
 
 
-def test_a_gap_between_engine_and_trainer_over_the_limit_stops_the_run():
-    algo, rollouts = algorithm(max_logprob_gap=0.1, updates=2), recorded_rollouts()
-    batches = algo.plan(rollouts, accumulate=1)
+def prepared(
+    algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1
+) -> list[RolloutBatch]:
+    algo.trainer = SimpleNamespace(
+        world_size=1, global_rank=0, accumulate_grad_batches=accumulate
+    )
+    return algo.prepare(rollouts)
+
+
+def test_a_gap_between_engine_and_trainer_over_the_limit_stops_the_first_step_alone():
+    algo = algorithm(max_logprob_gap=0.1, updates=2)
+    first = dataclasses.replace(recorded_rollouts(), rollout_step=0)
     with pytest.raises(UserError, match="algo.max_logprob_gap=0.1"):
-        algo.score(batches, first=True)  # recorded log-probs are -1 throughout
-    algo.score(batches, first=False)
+        prepared(algo, first)  # recorded log-probs are -1 throughout
+    prepared(algo, recorded_rollouts())  # a later step is logged, not stopped
     assert algo.gap["logprob_gap/mean"] > 0.1
+    prepared(algo, dataclasses.replace(first, replayed=True))  # of other weights, as it may be
 
 
 def test_the_reference_is_no_parameter_and_its_kl_is_zero_at_the_start():
-    algo, rollouts = algorithm(kl_coef=0.1, max_logprob_gap=1e9), recorded_rollouts()
+    algo = algorithm(kl_coef=0.1, updates=2)
     names = [name for name, _ in algo.named_parameters()]
     assert names and all(name.startswith("policy.") for name in names)
-    (batch,) = algo.plan(rollouts, accumulate=1)
-    algo.score([batch], first=True)
-    torch.testing.assert_close(batch.ref_logprobs, batch.old_logprobs)
+    for batch in prepared(algo, recorded_rollouts()):
+        assert batch.old_logprobs.any()
+        torch.testing.assert_close(batch.ref_logprobs, batch.old_logprobs)
 
 
 def test_the_gap_is_known_with_one_update_a_step_too():
-    algo, rollouts = algorithm(), recorded_rollouts()
-    algo.trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1)
-    (batch,) = algo.plan(rollouts, accumulate=1)
-    algo.score([batch], first=False)
+    algo = algorithm()
+    (batch,) = prepared(algo, recorded_rollouts())
     assert algo.gap == {}
     algo.training_step(batch, 0)
     assert algo.gap["logprob_gap/max"] > 0.1
+
+
+def test_scores_do_not_depend_on_how_rollouts_are_chunked():
+    scores = []
+    for limit in (10_000, 20):
+        algo = algorithm(max_tokens_per_microbatch=limit, updates=2)
+        rollouts = recorded_rollouts()
+        prepared(algo, rollouts)
+        scores.append(torch.cat(rollouts.scores["old_logprobs"]))
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-5)
+    assert len(scores[0]) == recorded_rollouts().lengths.sum()

@@ -28,7 +28,7 @@ def test_norms_of_rollouts_equal_autograd_through_the_policy(max_tokens):
     chosen = [1, 3, 4, 7]
     norms = gradient_norms(policy, rollouts, chosen, temperature=0.8, max_tokens=max_tokens)
     for index, norm in zip(chosen, norms, strict=True):
-        batch = collate(rollouts, Plan([index], torch.ones(1), 1.0), torch.zeros(8), 1)
+        batch = collate(rollouts, Plan([index], torch.ones(1), 1.0), 1)
         policy.zero_grad()
         response_scores(policy, batch, 0.8).logprobs.sum().backward()
         assert norm.item() == pytest.approx(policy.lm_head.weight.grad.norm().item(), rel=1e-5)

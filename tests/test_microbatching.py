@@ -43,10 +43,10 @@ def test_balanced_parts_hold_everything_once_and_differ_by_at_most_one_item(cost
 
 @given(st.integers(0, 50), st.integers(1, 6), st.integers(0, 5))
 def test_updates_hold_every_rollout_once_in_equal_numbers(num, updates, seed):
-    split = split_updates(list(range(num)), updates, seed)
+    split = split_updates(num, updates, seed)
     assert sorted(sum(split, [])) == list(range(num)) and len(split) == updates
     assert max(map(len, split)) - min(map(len, split)) <= 1
 
 
 def test_another_seed_deals_rollouts_out_differently():
-    assert split_updates(list(range(20)), 2, 0) != split_updates(list(range(20)), 2, 1)
+    assert split_updates(20, 2, 0) != split_updates(20, 2, 1)

@@ -86,7 +86,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     module.trainer = SimpleNamespace(datamodule=SimpleNamespace(ledger=Ledger()))
     module.configure_model()
     module.policy.weight.grad = torch.full((1, 1), 8.0)
-    optimizer = torch.optim.SGD(module.policy.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(module.parameter_groups(), lr=1.0)
     module.configure_gradient_clipping(optimizer, gradient_clip_val=2.0)
     assert module.policy.weight.grad.item() == pytest.approx(2.0)
-    assert module.grad_norms == [8.0]
+    assert module.grad_norms == [{"policy": 8.0}]

@@ -1,56 +1,71 @@
 """What every policy-gradient algorithm shares: from scored rollouts to optimizer steps.
 
 A subclass says which rollouts train (`select`), what each is worth (`compute_advantages`) and what
-is minimised (`policy_loss`). The base class turns a rollout step into microbatches, scores them
-with the weights that sampled, and scales losses so that the gradient of an optimizer step is one
+is minimised (`policy_loss`). The base class scores a rollout step with the weights that sampled,
+turns it into microbatches, and scales losses so that the gradient of an optimizer step is one
 weighted mean over all its tokens, whatever the split into microbatches and ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
-from rlzoo.algos.optimization import OptimizationModule
+from rlzoo.algos.scoring import ScoringModule
 from rlzoo.errors import UserError, check_at_least, check_choice
-from rlzoo.logprobs import TokenScores, response_scores
-from rlzoo.losses import LossOutput, kl_to_reference
+from rlzoo.losses import (
+    KL_ESTIMATORS,
+    LossOutput,
+    kl_estimate,
+    kl_to_reference,
+    truncated_importance_weights,
+)
 from rlzoo.metrics import WeightedMeans
 from rlzoo.microbatching import AGGREGATIONS, collate, plan_microbatches
+from rlzoo.rewards.length import soft_overlong_penalty
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
+log = logging.getLogger(__name__)
 
-class PolicyAlgorithm(OptimizationModule):
-    """Base of RAFT, RAFT++, GRPO, Reinforce and their kin.
+
+class PolicyAlgorithm(ScoringModule):
+    """Base of RAFT, RAFT++, GRPO, Reinforce, PPO, Iterative DPO and their kin.
 
     Args:
         policy: builds the policy; called in `configure_model`, where a strategy can shard it.
         optimizer: builds the optimizer from parameters.
         scheduler: builds a learning-rate schedule from the optimizer, stepped after each update.
-        updates: optimizer steps per rollout step, of equal numbers of rollouts.
+        updates: optimizer steps per pass over a rollout step, of equal numbers of rollouts.
+        passes: times that a rollout step is trained on.
         aggregation: how tokens are averaged, one of `rlzoo.microbatching.AGGREGATIONS`.
         rejected: whether rollouts that `select` turns down leave the denominators ("drop") or
             stay with advantage 0 ("zero", as released code has it).
         reward_scale: "zero_one", or "plus_minus_one" (r -> 2r - 1; arXiv:2504.11343).
-        kl_coef: weight of the per-token k3 KL to the initial policy; 0 keeps no reference.
-        temperature: of sampling; logits are divided by it in every pass.
+        kl_coef: weight of the per-token KL to the initial policy; 0 keeps no reference.
+        kl_estimator: "k1", "k2" or "k3", see `rlzoo.losses.kl_estimate`.
+        kl_in: "loss" adds the KL to the loss, "reward" takes it from the reward.
+        entropy_coef: weight of the policy's entropy, which is added to the objective.
+        tis_cap: bound of the importance weight of trainer against engine log-probs (truncated
+            importance sampling); null trains without.
+        overlong_buffer: last share of the length limit, in [0, 1), over which a penalty grows from
+            0 to `overlong_penalty` (DAPO, arXiv:2503.14476 Eq. 13); 0 is none.
+        overlong_filter: whether truncated rollouts are rejected.
         max_response_tokens: limit of a response, the divisor of aggregation "fixed_length".
-        max_tokens_per_microbatch: a larger microbatch is computed in pieces, each recomputed in
-            the backward pass, so that memory stays bounded.
-        max_logprob_gap: mean |old - sampler| log-prob, nats, over which the first rollout step
-            stops the run.
-        max_skipped_updates: non-finite updates in a row after which the run stops.
-        pad_token_id: fills microbatches.
         seed: of the run.
+        temperature, max_tokens_per_microbatch, max_logprob_gap, pad_token_id,
+            max_skipped_updates: see `ScoringModule`.
     """
 
     needs_old_logprobs = True  # False where the loss has no ratio
+    needs_reference_always = False  # True where the loss has a reference whatever kl_coef is
+    credits_tokens = False  # True where advantages come from per-token scores
+    uses_reward_values = True  # False where rewards only say which rollouts train
 
     def __init__(
         self,
@@ -59,10 +74,18 @@ class PolicyAlgorithm(OptimizationModule):
         scheduler: Callable[[Optimizer], Any] | None = None,
         *,
         updates: int = 1,
+        passes: int = 1,
         aggregation: str = "token_mean",
         rejected: str = "zero",
         reward_scale: str = "zero_one",
         kl_coef: float = 0.0,
+        kl_estimator: str = "k3",
+        kl_in: str = "loss",
+        entropy_coef: float = 0.0,
+        tis_cap: float | None = None,
+        overlong_buffer: float = 0.0,
+        overlong_penalty: float = 1.0,
+        overlong_filter: bool = False,
         temperature: float = 1.0,
         max_response_tokens: int = 128,
         max_tokens_per_microbatch: int = 16384,
@@ -71,72 +94,140 @@ class PolicyAlgorithm(OptimizationModule):
         pad_token_id: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(policy, optimizer, scheduler, max_skipped_updates=max_skipped_updates)
+        super().__init__(
+            policy,
+            optimizer,
+            scheduler,
+            needs_reference=kl_coef > 0 or self.needs_reference_always,
+            temperature=temperature,
+            max_tokens_per_microbatch=max_tokens_per_microbatch,
+            max_logprob_gap=max_logprob_gap,
+            pad_token_id=pad_token_id,
+            max_skipped_updates=max_skipped_updates,
+        )
         check_choice("algo.aggregation", aggregation, AGGREGATIONS)
         check_choice("algo.rejected", rejected, ("drop", "zero"))
         check_choice("algo.reward_scale", reward_scale, ("zero_one", "plus_minus_one"))
+        check_choice("algo.kl_estimator", kl_estimator, KL_ESTIMATORS)
+        check_choice("algo.kl_in", kl_in, ("loss", "reward"))
         check_at_least("algo.updates", updates, 1)
-        check_at_least("algo.kl_coef", kl_coef, 0)
-        check_at_least("algo.max_tokens_per_microbatch", max_tokens_per_microbatch, 1)
-        if temperature <= 0:
+        check_at_least("algo.passes", passes, 1)
+        for key, value in {
+            "kl_coef": kl_coef,
+            "entropy_coef": entropy_coef,
+            "overlong_penalty": overlong_penalty,
+        }.items():
+            check_at_least(f"algo.{key}", value, 0)
+        if not 0 <= overlong_buffer < 1:
             raise UserError(
-                f"algo.temperature must be above 0, got {temperature}: training needs a"
-                " distribution to take gradients of. Greedy decoding is for evaluation."
+                f"algo.overlong_buffer must be in [0, 1), got {overlong_buffer}: it is a share of"
+                " the length limit. DAPO uses 0.2."
             )
-        self.updates, self.aggregation, self.rejected = updates, aggregation, rejected
-        self.reward_scale, self.kl_coef, self.temperature = reward_scale, kl_coef, temperature
-        self.max_response_tokens = max_response_tokens
-        self.max_tokens_per_microbatch = max_tokens_per_microbatch
-        self.max_logprob_gap, self.pad_token_id, self.seed = max_logprob_gap, pad_token_id, seed
+        if tis_cap is not None:
+            check_at_least("algo.tis_cap", tis_cap, 1)
+        if not self.uses_reward_values and (overlong_buffer or (kl_coef and kl_in == "reward")):
+            raise UserError(
+                f"{type(self).__name__} asks of rewards only which rollouts are right, so"
+                " algo.overlong_buffer and algo.kl_in=reward would do nothing. Use"
+                " algo.overlong_filter and algo.kl_in=loss."
+            )
+        if kl_coef and kl_in == "loss" and kl_estimator == "k1":
+            log.warning("algo.kl_estimator=k1 in the loss has a mean gradient of 0: prefer k2 or k3.")
+        self.updates, self.passes = updates, passes
+        self.aggregation, self.rejected, self.reward_scale = aggregation, rejected, reward_scale
+        self.kl_coef, self.kl_estimator, self.kl_in = kl_coef, kl_estimator, kl_in
+        self.entropy_coef, self.entropy_gradient = entropy_coef, entropy_coef > 0
+        self.tis_cap, self.overlong_filter = tis_cap, overlong_filter
+        self.overlong_buffer, self.overlong_penalty = overlong_buffer, overlong_penalty
+        self.max_response_tokens, self.seed = max_response_tokens, seed
         self.means = WeightedMeans()  # of the rollout step, over tokens
-        self._gap_sums = [0.0, 0.0, 0.0]  # tokens, sum and largest of the rollout step's gaps
         self.scores_old = True  # whether this rollout step's old log-probs were computed apart
-        self._reference: list[nn.Module] = []  # in a list: not among the module's parameters
 
     # --- what makes an algorithm that algorithm ---------------------------------------------
 
-    def compute_advantages(self, rollouts: Rollouts) -> Tensor:
-        """[N] advantage of each rollout, from whole groups; rewards are on `reward_scale`."""
+    def compute_advantages(self, rollouts: Rollouts) -> Tensor | list[Tensor]:
+        """[N] advantage of each rollout, or N x [L] of each token, from whole groups.
+
+        Rewards come as `shape_rewards` made them.
+        """
         raise NotImplementedError
 
     def select(self, rollouts: Rollouts) -> Tensor:
-        """[N] bool, which rollouts train; all of them unless a subclass says otherwise."""
+        """[N] bool, which rollouts train, from rewards in [0, 1]; all unless a subclass says so."""
         return torch.ones(len(rollouts), dtype=torch.bool)
 
     def policy_loss(self, logprobs: Tensor, batch: RolloutBatch) -> LossOutput:
         """Weighted sum over a microbatch's tokens; logprobs are [B, T] float32 with gradient."""
         raise NotImplementedError
 
+    def auxiliary_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput | None:
+        """What is minimised beside the policy's loss, from `forward_scores`; PPO's critic."""
+        return None
+
     # --- from rollouts to microbatches ------------------------------------------------------
 
     def prepare(
         self, rollouts: Rollouts, on_progress: Callable[[int], None] = lambda n: None
     ) -> list[RolloutBatch]:
-        """This rank's `updates * accumulate_grad_batches` microbatches of a rollout step."""
-        batches = self.plan(
+        """This rank's `microbatches_per_step` microbatches of a rollout step, scored."""
+        self.scores_old = self.must_score_old(rollouts.rollout_step == 0)
+        self.score(rollouts, self.scored(rollouts), self.scores_old, on_progress)
+        if rollouts.rollout_step == 0 and not rollouts.replayed:
+            self.check_gap()
+        return self.plan(
             rollouts,
             accumulate=self.trainer.accumulate_grad_batches,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
-        self.score(batches, rollouts.rollout_step == 0, on_progress)
-        return batches
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps per rollout step."""
+        return self.updates * self.passes
+
+    def must_score_old(self, first: bool) -> bool:
+        """Whether the weights that sampled score a rollout step before it is trained on.
+
+        With one update per rollout step the ratio is 1 by construction, so old log-probs are taken
+        from the training pass; the first rollout step always scores, to compare with the engine.
+        """
+        if first or self.credits_tokens or (self.kl_coef and self.kl_in == "reward"):
+            return True
+        needed = self.needs_old_logprobs or self.tis_cap is not None
+        return needed and self.updates_per_step > 1
+
+    def scored(self, rollouts: Rollouts) -> list[int]:
+        """Rollouts that are scored: those that train, or all where credit needs them."""
+        if self.credits_tokens or (self.kl_coef and self.kl_in == "reward"):
+            return list(range(len(rollouts)))
+        return [i for unit in self.units(rollouts) for i in unit]
+
+    def units(self, rollouts: Rollouts) -> Sequence[Sequence[int]]:
+        """The rollouts that train, those that belong together in one list."""
+        if self.rejected == "zero":
+            return [[i] for i in range(len(rollouts))]
+        return [[i] for i in self.selected(rollouts).nonzero()[:, 0].tolist()]
+
+    def selected(self, rollouts: Rollouts) -> Tensor:
+        """[N] bool: `select`, less truncated rollouts if they are filtered."""
+        kept = self.select(rollouts)
+        return kept & ~rollouts.truncated if self.overlong_filter else kept
 
     def plan(
         self, rollouts: Rollouts, accumulate: int, rank: int = 0, world_size: int = 1
     ) -> list[RolloutBatch]:
         """Advantages, selection and microbatches, the same on every rank but for what it keeps."""
-        if self.reward_scale == "plus_minus_one":
-            rollouts = dataclasses.replace(rollouts, rewards=2 * rollouts.rewards - 1)
-        advantages = self.compute_advantages(rollouts)
-        selected = self.select(rollouts)
+        shaped = dataclasses.replace(rollouts, rewards=self.shape_rewards(rollouts))
+        advantages = self.compute_advantages(shaped)
         if self.rejected == "zero":
-            advantages = torch.where(selected, advantages, 0.0)
-            selected = torch.ones_like(selected)
+            kept = self.selected(rollouts)
+            advantages = [a if keep else 0 * a for a, keep in zip(advantages, kept, strict=True)]
         plans = plan_microbatches(
             rollouts,
-            selected.nonzero()[:, 0].tolist(),
+            self.units(rollouts),
             updates=self.updates,
+            passes=self.passes,
             accumulate=accumulate,
             rank=rank,
             world_size=world_size,
@@ -144,79 +235,68 @@ class PolicyAlgorithm(OptimizationModule):
             max_length=self.max_response_tokens,
             seed=self.seed,
         )
-        batches = [collate(rollouts, plan, advantages, self.pad_token_id) for plan in plans]
+        batches = [collate(rollouts, plan, self.pad_token_id, advantages) for plan in plans]
         batches[-1].last = True
         return batches
 
-    @torch.no_grad()
-    def score(
-        self,
-        batches: list[RolloutBatch],
-        first: bool,
-        on_progress: Callable[[int], None] = lambda n: None,
-    ) -> None:
-        """Fills `old_logprobs` and `ref_logprobs`, skipping what provably is not needed.
+    def shape_rewards(self, rollouts: Rollouts) -> Tensor:
+        """[N] rewards on `reward_scale`, less the penalties of length and of KL."""
+        rewards = rollouts.rewards
+        if self.reward_scale == "plus_minus_one":
+            rewards = 2 * rewards - 1
+        limit = self.max_response_tokens
+        penalty = soft_overlong_penalty(
+            rollouts.lengths, limit, round(self.overlong_buffer * limit)
+        )
+        rewards = rewards + self.overlong_penalty * penalty
+        if self.kl_coef and self.kl_in == "reward" and not self.credits_tokens:
+            rewards = rewards - torch.stack([kl.sum() for kl in self.kl_penalties(rollouts)])
+        return rewards
 
-        With one update per rollout step the ratio is 1 by construction, so old log-probs are taken
-        from the training pass; the first rollout step always scores, to compare with the engine.
-        """
-        self._gap_sums = [0.0, 0.0, 0.0]
-        ratio_is_one = self.updates == 1 or not self.needs_old_logprobs
-        self.scores_old = first or not ratio_is_one
-        for batch in batches:
-            on_device = batch.to(self.device)
-            if self.scores_old:
-                batch.old_logprobs = self.response_scores(on_device).logprobs.cpu()
-                self.note_gap(batch.old_logprobs, batch)
-            if self._reference:
-                scores = response_scores(self._reference[0], on_device, self.temperature)
-                batch.ref_logprobs = scores.logprobs.cpu()
-            on_progress(1)
-        if first and self.gap:
-            self.check_gap(self.gap["logprob_gap/mean"])
-
-    def note_gap(self, logprobs: Tensor, batch: RolloutBatch) -> None:
-        """Adds a microbatch's |trainer - engine| log-probs, of the same weights, to the step's."""
-        gap = (logprobs - batch.sampler_logprobs)[batch.response_mask].abs()
-        if gap.numel():
-            tokens, total, largest = self._gap_sums
-            largest = max(largest, float(gap.max()))
-            self._gap_sums = [tokens + gap.numel(), total + float(gap.double().sum()), largest]
-
-    @property
-    def gap(self) -> dict[str, float]:
-        """Sampler against trainer log-probs of the rollout step so far, nats a token."""
-        tokens, total, largest = self._gap_sums
-        return {"logprob_gap/mean": total / tokens, "logprob_gap/max": largest} if tokens else {}
-
-    def check_gap(self, mean_gap: float) -> None:
-        if mean_gap > self.max_logprob_gap:
-            raise UserError(
-                f"The engine's log-probs differ from the trainer's by {mean_gap:.3g} nats a token"
-                f" on average (algo.max_logprob_gap={self.max_logprob_gap}): the policy would be"
-                " trained on another model's rollouts. Likely causes: a failed weight sync, another"
-                " temperature or top-p in the engine, another dtype, another tokenizer."
-            )
+    def kl_penalties(self, rollouts: Rollouts) -> list[Tensor]:
+        """N x [L]: what each token's reward loses, `kl_coef` times the KL at sampling time."""
+        old, ref = rollouts.scores["old_logprobs"], rollouts.scores["ref_logprobs"]
+        return [
+            self.kl_coef * kl_estimate(o, r, self.kl_estimator) for o, r in zip(old, ref, strict=True)
+        ]
 
     # --- one microbatch ---------------------------------------------------------------------
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
-        scores = self.response_scores(batch)
+        scores = self.forward_scores(batch)
         if not self.scores_old:
-            batch.old_logprobs = scores.logprobs.detach()
-            if self.updates == 1:  # later updates have other weights than the engine had
-                self.note_gap(batch.old_logprobs, batch)
-        loss = self.policy_loss(scores.logprobs, batch)
-        loss_sum, metrics = loss.loss_sum, dict(loss.metrics)
-        if self.kl_coef > 0:
-            ref_kl = kl_to_reference(scores.logprobs, batch.ref_logprobs, batch.weights)
-            loss_sum = loss_sum + self.kl_coef * ref_kl
-            metrics["ref_kl"] = ref_kl.detach()
-        metrics["entropy"] = (batch.weights * scores.entropy).sum()
-        metrics["loss"] = loss_sum.detach()
-        self.means.update(metrics, batch.weights.sum())
+            batch.old_logprobs = scores["logprobs"].detach()
+            if self.updates_per_step == 1:  # later updates have other weights than the engine had
+                mask = batch.response_mask
+                self.note_gap(batch.old_logprobs[mask], batch.sampler_logprobs[mask])
+        loss = self.total_loss(scores, batch)
+        self.means.update(loss.metrics, batch.weights.sum())
         self.divisor = batch.divisor
-        return loss_sum * self.loss_scale(batch)
+        return loss.loss_sum * self.loss_scale(batch)
+
+    def total_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput:
+        """The policy's loss with what is added to it: KL, entropy, the critic's loss."""
+        logprobs, weights = scores["logprobs"], batch.weights
+        if self.tis_cap is not None:
+            tis = truncated_importance_weights(
+                batch.old_logprobs, batch.sampler_logprobs, batch.response_mask, self.tis_cap
+            )
+            batch = batch.replaced(advantages=batch.advantages * tis)
+        loss_sum, metrics = self.policy_loss(logprobs, batch)
+        metrics = dict(metrics)
+        if self.kl_coef > 0:
+            ref_kl = kl_to_reference(logprobs, batch.ref_logprobs, weights, self.kl_estimator)
+            if self.kl_in == "loss":
+                loss_sum = loss_sum + self.kl_coef * ref_kl
+            metrics["ref_kl"] = ref_kl.detach()
+        entropy = (weights * scores["entropy"]).sum()
+        if self.entropy_coef > 0:
+            loss_sum = loss_sum - self.entropy_coef * entropy
+        metrics["entropy"] = entropy.detach()
+        if (auxiliary := self.auxiliary_loss(scores, batch)) is not None:
+            loss_sum, metrics = loss_sum + auxiliary.loss_sum, metrics | auxiliary.metrics
+        metrics["loss"] = loss_sum.detach()
+        return LossOutput(loss_sum, metrics)
 
     def loss_scale(self, batch: RolloutBatch) -> float:
         """Factor that makes the step's gradient one weighted mean over all its tokens.
@@ -227,35 +307,6 @@ class PolicyAlgorithm(OptimizationModule):
         if batch.divisor == 0:
             return 0.0
         return self.trainer.world_size * self.trainer.accumulate_grad_batches / batch.divisor
-
-    def response_scores(self, batch: RolloutBatch) -> TokenScores:
-        """[B, T] log-probs and entropies, in checkpointed pieces if the microbatch is too large."""
-        slices = batch.row_slices(self.max_tokens_per_microbatch)
-        if len(slices) == 1:
-            return response_scores(self.policy, batch, self.temperature)
-
-        def piece(rows: slice) -> tuple[Tensor, Tensor]:
-            tensors = {name: tensor[rows] for name, tensor in batch.tensors().items()}
-            return response_scores(
-                self.policy, RolloutBatch(tensors, batch.divisor), self.temperature
-            )
-
-        if torch.is_grad_enabled():
-            parts = [checkpoint(piece, rows, use_reentrant=False) for rows in slices]
-        else:
-            parts = [piece(rows) for rows in slices]
-        return TokenScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-    # --- models -----------------------------------------------------------------------------
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self.kl_coef > 0 and not self._reference:
-            self._reference = [self.policy_factory().eval().requires_grad_(False)]
-
-    def on_fit_start(self) -> None:
-        for reference in self._reference:
-            reference.to(self.device)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters by the names its own `named_parameters` gives them."""

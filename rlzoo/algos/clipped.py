@@ -14,7 +14,8 @@ class ClippedPolicyAlgorithm(PolicyAlgorithm):
     """Base of the algorithms that minimise PPO's clipped surrogate (arXiv:1707.06347 Eq. 7).
 
     Args:
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; null leaves
+            that side open (the ratio without clip of arXiv:2504.11343).
         dual_clip: bounds the loss at -A * dual_clip where A < 0; null is off.
     """
 
@@ -23,19 +24,21 @@ class ClippedPolicyAlgorithm(PolicyAlgorithm):
         policy: PolicyFactory,
         optimizer: OptimizerFactory,
         *,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
+        clip_low: float | None = 0.2,
+        clip_high: float | None = 0.2,
         dual_clip: float | None = None,
         **shared: Any,
     ) -> None:
         super().__init__(policy, optimizer, **shared)
-        if not 0 < clip_low < 1:
+        if clip_low is not None and not 0 < clip_low < 1:
             raise UserError(
-                f"algo.clip_low must be in (0, 1), got {clip_low}: the ratio is clipped from"
+                f"algo.clip_low must be in (0, 1) or null, got {clip_low}: the ratio is clipped from"
                 " below at 1 - clip_low, which has to stay positive. PPO uses 0.2."
             )
-        if clip_high <= 0:
-            raise UserError(f"algo.clip_high must be above 0, got {clip_high}. PPO uses 0.2.")
+        if clip_high is not None and clip_high <= 0:
+            raise UserError(
+                f"algo.clip_high must be above 0 or null, got {clip_high}. PPO uses 0.2."
+            )
         if dual_clip is not None and dual_clip <= 1:
             raise UserError(
                 f"algo.dual_clip must be above 1 or null, got {dual_clip}: it bounds a loss that"

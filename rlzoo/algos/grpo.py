@@ -7,6 +7,7 @@ from torch import Tensor
 from rlzoo.advantages import group_advantages, split_groups
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
 from rlzoo.errors import UserError, check_choice
+from rlzoo.selection import mixed_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 
@@ -23,6 +24,8 @@ class GRPO(ClippedPolicyAlgorithm):
         singleton: advantage of a group of one, "zero" or its "reward" (released code).
         group_size: cuts larger groups into groups of at most this many before standardising
             (the paper's GVM-GRPO has 4, arXiv:2505.02391); null keeps one group per prompt.
+        mixed_groups_only: rejects groups that are all right or all wrong (DAPO's filter,
+            arXiv:2503.14476; `sampler=dynamic` draws others in their place).
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class GRPO(ClippedPolicyAlgorithm):
         scale_by_std: bool = True,
         singleton: str = "zero",
         group_size: int | None = None,
+        mixed_groups_only: bool = False,
         **shared: Any,
     ) -> None:
         super().__init__(policy, optimizer, **shared)
@@ -43,6 +47,7 @@ class GRPO(ClippedPolicyAlgorithm):
                 " nothing to be compared with."
             )
         self.scale_by_std, self.singleton, self.group_size = scale_by_std, singleton, group_size
+        self.mixed_groups_only = mixed_groups_only
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         groups = rollouts.group_ids
@@ -51,3 +56,8 @@ class GRPO(ClippedPolicyAlgorithm):
         return group_advantages(
             rollouts.rewards, groups, scale_by_std=self.scale_by_std, singleton=self.singleton
         )
+
+    def select(self, rollouts: Rollouts) -> Tensor:
+        if self.mixed_groups_only:
+            return mixed_groups(rollouts.rewards, rollouts.group_ids)
+        return super().select(rollouts)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import lightning
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from rlzoo.errors import UserError
@@ -36,7 +36,7 @@ class OptimizationModule(lightning.LightningModule):
         self.scheduler_factory, self.max_skipped_updates = scheduler, max_skipped_updates
         self.policy: nn.Module | None = None
         self.divisor = 1.0  # of the optimizer step in progress; 0: nothing trains
-        self.grad_norms: list[float] = []  # of the rollout step, before clipping
+        self.grad_norms: list[dict[str, float]] = []  # by parameter group, before clipping
         self.skipped: str | None = None  # why the last update was skipped
         self.skips_in_a_row = 0
 
@@ -45,11 +45,16 @@ class OptimizationModule(lightning.LightningModule):
             self.policy = self.policy_factory().train()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer_factory(self.parameter_groups())
         if self.scheduler_factory is None:
             return {"optimizer": optimizer}
         scheduler = {"scheduler": self.scheduler_factory(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, each with its name; a group may set its own `lr`."""
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        return [{"name": "policy", "params": parameters}]
 
     def configure_gradient_clipping(
         self,
@@ -57,16 +62,18 @@ class OptimizationModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the global norm, or drops the gradients so that the optimizer does nothing."""
-        parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        limit = gradient_clip_val or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-        self.skipped = skip_reason(norm, self.divisor)
+        """Clips each parameter group by its norm, or drops all gradients, so that the optimizer
+        does nothing."""
+        limit, norms = gradient_clip_val or float("inf"), {}
+        for group in optimizer.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                norms[group["name"]] = float(nn.utils.clip_grad_norm_(parameters, limit))
+        self.skipped = skip_reason(sum(norms.values()), self.divisor)
         if self.skipped:
-            for parameter in parameters:
-                parameter.grad = None
+            optimizer.zero_grad(set_to_none=True)
         else:
-            self.grad_norms.append(norm)
+            self.grad_norms.append(norms)
         self.trainer.datamodule.ledger.updated(self.skipped)
         self.skips_in_a_row = self.skips_in_a_row + 1 if self.skipped == "non_finite" else 0
         if self.skips_in_a_row > self.max_skipped_updates:
@@ -86,4 +93,4 @@ def skip_reason(grad_norm: float, divisor: float) -> str | None:
     """Why an update must not be made: "empty", "non_finite", or None."""
     if divisor == 0:
         return "empty"
-    return None if torch.isfinite(torch.tensor(grad_norm)) else "non_finite"
+    return None if math.isfinite(grad_norm) else "non_finite"

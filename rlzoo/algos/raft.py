@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rlzoo.algos.base import PolicyAlgorithm
@@ -18,9 +19,10 @@ class RAFT(PolicyAlgorithm):
     """
 
     needs_old_logprobs = False
+    uses_reward_values = False
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
-        return correct(rollouts.rewards).float()
+        return torch.ones(len(rollouts))
 
     def select(self, rollouts: Rollouts) -> Tensor:
         return correct(rollouts.rewards)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
@@ -15,8 +16,10 @@ class RAFTPlusPlus(ClippedPolicyAlgorithm):
     of its group", which would select every rollout of an all-wrong group.
     """
 
+    uses_reward_values = False
+
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
-        return correct(rollouts.rewards).float()
+        return torch.ones(len(rollouts))
 
     def select(self, rollouts: Rollouts) -> Tensor:
         return correct(rollouts.rewards)

@@ -9,6 +9,8 @@ import numpy as np
 
 
 class Allocator(Protocol):
+    max_rounds: int  # draws of one rollout step; 1: none after the first
+
     def observe(
         self,
         prompt_ids: Sequence[str],
@@ -28,6 +30,30 @@ class Allocator(Protocol):
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> None: ...
+
+
+class OneRound:
+    """Base of allocators that plan once per epoch and keep nothing: what need not be said anew."""
+
+    max_rounds = 1
+
+    def observe(
+        self,
+        prompt_ids: Sequence[str],
+        rewards: Sequence[Sequence[float]],
+        lengths: Sequence[Sequence[int]],
+        grad_norms: Sequence[float] | None = None,
+    ) -> None:
+        pass
+
+    def done(self, prompt_id: str) -> bool:
+        return True
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
 
 
 def round_to_total(

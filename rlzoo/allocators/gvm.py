@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlzoo.allocators.base import round_to_total
+from rlzoo.allocators.base import OneRound, round_to_total
 from rlzoo.errors import UserError
 
 
@@ -48,7 +48,7 @@ def gvm_budgets(
     return round_to_total(weights / weights.sum(), total, low=n_min, high=n_max)
 
 
-class GVM:
+class GVM(OneRound):
     """Gives more responses to prompts whose gradient is large or hard to come by.
 
     A prompt none of whose pilots was correct gets `n_min` responses: 0 drops it for the epoch, as
@@ -107,9 +107,6 @@ class GVM:
             n_min=self.n_min,
             n_max=self.n_max,
         )
-
-    def done(self, prompt_id: str) -> bool:
-        return True
 
     def state_dict(self) -> dict:
         return {"accept_rates": dict(self.accept_rates), "grad_norms": dict(self.grad_norms)}

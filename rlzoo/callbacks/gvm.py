@@ -88,7 +88,7 @@ def gradient_norms(
     ]
     for part in balance(costs, -(-sum(costs) // max_tokens)) if indices else []:
         plan = Plan([indices[j] for j in part], torch.ones(len(part)), 1.0)
-        batch = collate(rollouts, plan, torch.zeros(len(rollouts)), pad_token_id=0).to(device)
+        batch = collate(rollouts, plan, pad_token_id=0).to(device)
         lengths = batch.response_mask.sum(-1).tolist()
         tokens = batch.response_ids[batch.response_mask].split(lengths)
         for j, hidden, token in zip(part, response_hidden(policy, batch).split(lengths), tokens):

@@ -3,13 +3,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import torch
 from lightning import LightningModule, Trainer
 
 from rlzoo.advantages import group_stats
 from rlzoo.callbacks.boundary import BoundaryCallback
+from rlzoo.data.rollout_files import write_rollouts
 from rlzoo.distributed import world
 from rlzoo.errors import UserError
 from rlzoo.loggers import CSVLogger
@@ -44,14 +43,15 @@ class RolloutLog(BoundaryCallback):
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
         row = rollout_figures(data.rollouts) | pl_module.means.compute() | pl_module.gap
-        if pl_module.grad_norms:
-            row["grad_norm"] = sum(pl_module.grad_norms) / len(pl_module.grad_norms)
+        row |= mean_norms(pl_module.grad_norms)
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         pl_module.means.reset()
         pl_module.grad_norms.clear()
         self.write_row(trainer, row)
         if self.rollouts_every and data.rollout_step % self.rollouts_every == 0:
-            self.write_rollouts(data.rollouts, data.drawer.tokenizer)
+            path = self.run_dir / "rollouts" / f"step_{data.rollouts.rollout_step:06d}.parquet"
+            if world()[0] == 0:
+                write_rollouts(path, data.rollouts, data.drawer.tokenizer)
 
     def write_row(self, trainer: Trainer, figures: dict[str, float]) -> None:
         data = trainer.datamodule
@@ -78,27 +78,6 @@ class RolloutLog(BoundaryCallback):
         self.phases = Counter(phases)
         return dict(sorted(spent.items()))
 
-    def write_rollouts(self, rollouts: Rollouts, tokenizer: object) -> None:
-        if world()[0] != 0:
-            return
-        prompts = [rollouts.prompts[g] for g in rollouts.group_ids.tolist()]
-        columns = {
-            "rollout_step": [rollouts.rollout_step] * len(rollouts),
-            "policy_version": [rollouts.policy_version] * len(rollouts),
-            "prompt_id": [prompt.id for prompt in prompts],
-            "question": [prompt.question for prompt in prompts],
-            "answer": [prompt.answer for prompt in prompts],
-            "response": [tokenizer.decode(r) for r in rollouts.responses],
-            "reward": rollouts.rewards.tolist(),
-            "verdict": [Verdict(v).name.lower() for v in rollouts.verdicts.tolist()],
-            "length": rollouts.lengths.tolist(),
-            "truncated": rollouts.truncated.tolist(),
-        }
-        folder = self.run_dir / "rollouts"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step_{rollouts.rollout_step:06d}.parquet"
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
-
     def remove_later_files(self, rollout_step: int, epoch: int) -> None:
         """Removes what an interrupted run wrote after the checkpoint that is resumed."""
         for folder, first in (("rollouts", rollout_step), ("budgets", epoch)):
@@ -112,6 +91,15 @@ class RolloutLog(BoundaryCallback):
     def load_state_dict(self, state: dict) -> None:
         self.ledger_csv.load_state_dict(state["ledger_csv"])
         self.phases = Counter(state["phases"])
+
+
+def mean_norms(norms: list[dict[str, float]]) -> dict[str, float]:
+    """Mean gradient norm of each parameter group over the updates; the policy's is `grad_norm`."""
+    means = {}
+    for name in dict.fromkeys(name for update in norms for name in update):
+        found = [update[name] for update in norms if name in update]
+        means["grad_norm" if name == "policy" else f"grad_norm/{name}"] = sum(found) / len(found)
+    return means
 
 
 def rollout_figures(rollouts: Rollouts) -> dict[str, float]:

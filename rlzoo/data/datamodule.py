@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlzoo.allocators.base import Allocator
+from rlzoo.allocators.uniform import Uniform
 from rlzoo.data.base import RunDataModule
-from rlzoo.data.draw import Drawer
+from rlzoo.data.draw import Drawer, concatenate
 from rlzoo.data.prompts import PromptSource
+from rlzoo.data.rollout_files import read_rollouts, rollout_files
 from rlzoo.data.rollout_loader import RolloutLoader
 from rlzoo.engines.base import Engine, SamplingParams
 from rlzoo.errors import UserError
@@ -43,6 +47,7 @@ class RolloutDataModule(RunDataModule):
         on_too_long: "error" or "drop" for longer prompts.
         temperature: of sampling.
         val_responses: responses per validation prompt, the k of avg@k.
+        replay: a file or folder of recorded rollouts that are trained on instead of drawing.
 
     Raises:
         UserError: sizes that do not fit each other or the data.
@@ -67,6 +72,7 @@ class RolloutDataModule(RunDataModule):
         on_too_long: str = "error",
         temperature: float = 1.0,
         val_responses: int = 8,
+        replay: str | None = None,
     ) -> None:
         super().__init__(bars, limits)
         sizes = {
@@ -91,11 +97,19 @@ class RolloutDataModule(RunDataModule):
         self.source, self.tokenizer, self.engine, self.reward = source, tokenizer, engine, reward
         self.allocator, self.seed = allocator, seed
         self.prompts_per_epoch, self.responses_per_step = prompts_per_epoch, responses_per_step
+        self.responses_per_prompt = responses_per_prompt
         self.total_budget, self.steps_per_epoch = total, total // responses_per_step
         self.max_prompt_tokens, self.on_too_long = max_prompt_tokens, on_too_long
         self.val_responses = val_responses
         params = SamplingParams(temperature, max_response_tokens)
         self.drawer = Drawer(engine, reward, tokenizer, params, self.ledger, bars, seed)
+        if replay is not None and not isinstance(allocator, Uniform):
+            raise UserError(
+                f"replay={replay} trains on recorded rollouts, over which a sampler has no say: add"
+                " sampler=uniform."
+            )
+        self.replay = replay
+        self.replay_files = [] if replay is None else rollout_files(replay, "replay")
         self.train_prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
         self.rollouts: Rollouts | None = None  # of the rollout step in training
@@ -145,7 +159,8 @@ class RolloutDataModule(RunDataModule):
 
     @property
     def microbatches_per_step(self) -> int:
-        return self.trainer.lightning_module.updates * self.trainer.accumulate_grad_batches
+        updates = self.trainer.lightning_module.updates_per_step
+        return updates * self.trainer.accumulate_grad_batches
 
     def epoch_in_progress(self) -> bool:
         return self.budgets is not None
@@ -163,14 +178,54 @@ class RolloutDataModule(RunDataModule):
             self.drawn += self.budgets[shard[self.next_prompt].id]
             self.next_prompt += 1
         budgets = [self.budgets[prompt.id] for prompt in prompts]
-        self.rollouts = self.drawer.draw(prompts, budgets, "train", self.rollout_step)
+        if self.replay_files:
+            self.rollouts = self.replayed()
+        else:
+            self.rollouts = self.drawn_in_rounds(prompts, budgets)
         self.rollout_step += 1
         if self.rollout_step % self.steps_per_epoch == 0:
             self.epoch, self.budgets = self.epoch + 1, None
         return self.rollouts
 
+    def drawn_in_rounds(self, prompts: list[Prompt], budgets: list[int]) -> Rollouts:
+        """Draws, and draws others in the place of prompts that the allocator is not done with."""
+        parts = [self.drawer.draw(prompts, budgets, "train", self.rollout_step)]
+        used = {prompt.id for prompt in prompts}
+        for round_ in range(1, self.allocator.max_rounds):
+            ids, last = [prompt.id for prompt in parts[-1].prompts], parts[-1]
+            sizes = torch.bincount(last.group_ids, minlength=len(ids)).tolist()
+            rewards = [part.tolist() for part in last.rewards.split(sizes)]
+            lengths = [part.tolist() for part in last.lengths.split(sizes)]
+            self.allocator.observe(ids, rewards, lengths)
+            fresh = self.others(used, sum(not self.allocator.done(i) for i in ids))
+            if not fresh:
+                break
+            used |= {prompt.id for prompt in fresh}
+            total = len(fresh) * self.responses_per_prompt
+            budgets = self.allocator.allocate([prompt.id for prompt in fresh], total, round_)
+            parts.append(self.drawer.draw(fresh, budgets, "train", self.rollout_step, round_))
+        self.row["rounds"] = len(parts)
+        return concatenate(parts)
+
+    def others(self, used: set[str], count: int) -> list[Prompt]:
+        """Up to `count` training prompts that are not in use, in an order of this rollout step."""
+        key = derive_seed(self.seed, "others", self.rollout_step)
+        order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.train_prompts))
+        free = (self.train_prompts[i] for i in order if self.train_prompts[i].id not in used)
+        return list(itertools.islice(free, count))
+
+    def replayed(self) -> Rollouts:
+        """The recorded rollouts of this rollout step, booked apart from those that are paid for."""
+        rollouts = read_rollouts(self.replay_files[self.rollout_step], self.rollout_step)
+        self.ledger.drew("replay", rollouts.lengths.tolist())
+        return rollouts
+
+    def stop_reason(self) -> str | None:
+        ended = self.replay_files and self.rollout_step >= len(self.replay_files)
+        return super().stop_reason() or (f"the end of replay={self.replay}" if ended else None)
+
     def prepare(self, rollouts: Rollouts) -> list[RolloutBatch]:
-        bar = self.bars.phase("scoring", self.microbatches_per_step, "microbatches")
+        bar = self.bars.phase("scoring", len(rollouts), "responses")
         with self.ledger.phase("scoring"), bar as advance:
             return self.trainer.lightning_module.prepare(rollouts, advance)
 

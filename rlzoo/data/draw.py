@@ -3,6 +3,8 @@ books. Training, pilots and validation all draw here."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -119,6 +121,25 @@ def assemble(
         policy_version=policy_version,
         rollout_step=rollout_step,
         num_near_ties=sum(response.near_ties for response in responses),
+    )
+
+
+def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+    """One Rollouts from the rounds of a rollout step, which share no prompt."""
+    if len(parts) == 1:
+        return parts[0]
+    offsets = itertools.accumulate((len(part.prompts) for part in parts[:-1]), initial=0)
+    joined = lambda name: [x for part in parts for x in getattr(part, name)]  # noqa: E731
+    return dataclasses.replace(
+        parts[0],
+        prompts=joined("prompts"),
+        group_ids=torch.cat([p.group_ids + n for p, n in zip(parts, offsets, strict=True)]),
+        responses=joined("responses"),
+        sampler_logprobs=joined("sampler_logprobs"),
+        truncated=torch.cat([part.truncated for part in parts]),
+        rewards=torch.cat([part.rewards for part in parts]),
+        verdicts=torch.cat([part.verdicts for part in parts]),
+        num_near_ties=sum(part.num_near_ties for part in parts),
     )
 
 

@@ -1,4 +1,5 @@
-"""Supervised training: written solutions in length-sorted batches, by an ordinary loader."""
+"""Supervised training: solutions or accepted rollouts in length-sorted batches, by an ordinary
+loader."""
 
 from __future__ import annotations
 
@@ -6,16 +7,20 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlzoo.data.base import RunDataModule
 from rlzoo.data.prompts import PromptSource
+from rlzoo.data.rollout_files import accepted
 from rlzoo.errors import UserError
 from rlzoo.ledger import Limits
 from rlzoo.microbatching import Plan, collate
 from rlzoo.progress import Bars
 from rlzoo.rng import derive_seed
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
+
+Pair = tuple[str, str] | tuple[Sequence[int], Sequence[int]]  # question and solution, or token ids
 
 POOL = 16  # batches sorted by length together, so that little is padding
 
@@ -29,6 +34,7 @@ class SFTDataModule(RunDataModule):
         tokenizer: encodes both; solutions end with its end-of-sequence token.
         bars, limits: see RunDataModule.
         corpus: (question, solution) pairs by index, instead of the train split.
+        rollouts: a run's rollouts/, or a file in it: trains on its right responses instead.
         batch_size: examples per update.
         updates_per_step: updates between two boundaries (log, checkpoint).
         max_prompt_tokens: limit of prompts.
@@ -46,6 +52,7 @@ class SFTDataModule(RunDataModule):
         limits: Limits,
         *,
         corpus: Sequence[tuple[str, str]] | None = None,
+        rollouts: str | None = None,
         batch_size: int = 128,
         updates_per_step: int = 100,
         max_prompt_tokens: int = 256,
@@ -55,6 +62,10 @@ class SFTDataModule(RunDataModule):
         for key, value in {"batch_size": batch_size, "updates_per_step": updates_per_step}.items():
             if value < 1:
                 raise UserError(f"datamodule.{key} must be at least 1, got {value}.")
+        if corpus is not None and rollouts is not None:
+            raise UserError("datamodule.corpus and datamodule.rollouts are both given: choose one.")
+        if rollouts is not None:
+            corpus = accepted(rollouts, "datamodule.rollouts")
         self.source, self.tokenizer, self.corpus = source, tokenizer, corpus
         self.batch_size, self.updates_per_step = batch_size, updates_per_step
         self.max_prompt_tokens, self.seed = max_prompt_tokens, seed
@@ -67,14 +78,20 @@ class SFTDataModule(RunDataModule):
         size = self.batch_size
         self.val_batches = [self.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)]
 
-    def batch(self, pairs: Sequence[tuple[str, str]]) -> RolloutBatch:
-        """A microbatch in which every solution token weighs 1."""
+    def encode(self, pairs: Sequence[Pair]) -> tuple[list[Prompt], list[Tensor]]:
+        """Prompts and responses as token ids; those of recorded rollouts are never encoded anew."""
+        if not isinstance(pairs[0][0], str):
+            prompts = [Prompt(str(i), "", "", token_ids=p) for i, (p, _) in enumerate(pairs)]
+            return prompts, [torch.tensor(response) for _, response in pairs]
         prompts = [Prompt(str(i), question, "") for i, (question, _) in enumerate(pairs)]
-        encode = self.source.template.encode
-        prompts = encode(prompts, self.tokenizer, self.max_prompt_tokens, "error")
+        prompts = self.source.template.encode(prompts, self.tokenizer, self.max_prompt_tokens)
         texts = [solution for _, solution in pairs]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        responses = [torch.tensor([*x, self.tokenizer.eos_token_id]) for x in ids]
+        return prompts, [torch.tensor([*x, self.tokenizer.eos_token_id]) for x in ids]
+
+    def batch(self, pairs: Sequence[Pair]) -> RolloutBatch:
+        """A microbatch in which every response token weighs 1."""
+        prompts, responses = self.encode(pairs)
         num = len(pairs)
         rollouts = Rollouts(
             prompts=prompts,
@@ -88,7 +105,7 @@ class SFTDataModule(RunDataModule):
             rollout_step=0,
         )
         plan = Plan(list(range(num)), torch.ones(num), float(rollouts.lengths.sum()))
-        return collate(rollouts, plan, torch.zeros(num), self.tokenizer.pad_token_id)
+        return collate(rollouts, plan, self.tokenizer.pad_token_id)
 
     def batches(self) -> Iterator[RolloutBatch]:
         """The microbatches of one step, from where the run stands; the corpus wraps."""

@@ -84,7 +84,8 @@ def load_weights(policy: nn.Module, source: str) -> None:
     """Copies weights into a policy from a checkpoint file (.ckpt) or a model directory."""
     if Path(source).is_file():
         state = torch.load(source, map_location="cpu", weights_only=True)["state_dict"]
-        state = {name.removeprefix("policy."): tensor for name, tensor in state.items()}
+        mine = (name for name in state if name.startswith("policy."))  # PPO's critic stays behind
+        state = {name.removeprefix("policy."): state[name] for name in mine}
     else:
         directory = model_directory(source, key="init_from")
         state = AutoModelForCausalLM.from_pretrained(directory).state_dict()

@@ -42,7 +42,7 @@ def test_log_probs_are_the_trainers():
         policy_version=5,
         rollout_step=0,
     )
-    batch = collate(rollouts, Plan(list(range(10)), torch.ones(10), 1.0), torch.zeros(10), 1)
+    batch = collate(rollouts, Plan(list(range(10)), torch.ones(10), 1.0), 1)
     scores = response_scores(policy, batch, PARAMS.temperature)
     gap = (scores.logprobs - batch.sampler_logprobs)[batch.response_mask].abs().max()
     assert gap < 1e-5

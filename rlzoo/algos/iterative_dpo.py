@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlzoo.algos.base import PolicyAlgorithm
+from rlzoo.errors import UserError, check_at_least, check_choice
+from rlzoo.losses import LossOutput, dpo_loss
+from rlzoo.selection import best_and_worst
+from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
+
+
+class IterativeDPO(PolicyAlgorithm):
+    """Iterative Direct Preference Optimization (arXiv:2305.18290, 2312.11456; Online-DPO-R1).
+
+    Trains on one pair per prompt, its best rollout against its worst, and minimises the DPO loss
+    on log-probs summed over whole responses. An iteration is a rollout step: the pairs are drawn
+    by the weights it starts from. The unit of an optimizer step is the pair, never split.
+
+    Args:
+        beta: how strongly the reference holds.
+        label_smoothing: chance that a preference is the wrong way round, in [0, 0.5).
+        loss: "sigmoid" or "ipo".
+        nll_coef: weight of -log pi per token of the chosen response; 0 is none.
+        reference: "iteration_start", the weights that drew the pairs, or "initial".
+        chosen_must_be_correct: False also pairs a wrong rollout with a worse one, as reference
+            code does where rewards have more than two values.
+    """
+
+    uses_reward_values = False
+
+    def __init__(
+        self,
+        policy: PolicyFactory,
+        optimizer: OptimizerFactory,
+        *,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        loss: str = "sigmoid",
+        nll_coef: float = 0.0,
+        reference: str = "iteration_start",
+        chosen_must_be_correct: bool = True,
+        **shared: Any,
+    ) -> None:
+        check_choice("algo.loss", loss, ("sigmoid", "ipo"))
+        check_choice("algo.reference", reference, ("iteration_start", "initial"))
+        self.needs_reference_always = reference == "initial"
+        super().__init__(policy, optimizer, **shared)
+        if self.aggregation != "seq_mean_token_mean":
+            raise UserError(
+                f"algo=iterative_dpo takes algo.aggregation=seq_mean_token_mean alone, got"
+                f" {self.aggregation}: its unit is the pair, and weights that sum to 1 over a"
+                " response are how pairs are counted."
+            )
+        if beta <= 0:
+            raise UserError(f"algo.beta must be above 0, got {beta}. The paper has 0.1.")
+        if not 0 <= label_smoothing < 0.5:
+            raise UserError(f"algo.label_smoothing must be in [0, 0.5), got {label_smoothing}.")
+        check_at_least("algo.nll_coef", nll_coef, 0)
+        self.beta, self.label_smoothing, self.loss_kind = beta, label_smoothing, loss
+        self.nll_coef, self.reference = nll_coef, reference
+        self.chosen_must_be_correct = chosen_must_be_correct
+
+    def units(self, rollouts: Rollouts) -> Sequence[Sequence[int]]:
+        """(chosen, rejected) of each prompt that has a pair."""
+        pairs = best_and_worst(
+            rollouts.rewards,
+            rollouts.group_ids,
+            chosen_must_be_correct=self.chosen_must_be_correct,
+        )
+        if self.overlong_filter:
+            pairs = [pair for pair in pairs if not rollouts.truncated[list(pair)].any()]
+        return pairs
+
+    def compute_advantages(self, rollouts: Rollouts) -> Tensor:
+        return torch.zeros(len(rollouts))  # the loss has none
+
+    def policy_loss(self, logprobs: Tensor, batch: RolloutBatch) -> LossOutput:
+        """Rows are chosen, rejected, chosen, rejected; a row alone is an empty microbatch."""
+        if len(logprobs) == 1:
+            return LossOutput((batch.weights * logprobs).sum(), {})
+        anchor = batch.ref_logprobs if self.reference == "initial" else batch.old_logprobs
+        log_ratios = torch.where(batch.response_mask, logprobs - anchor, 0.0).sum(-1)  # [B]
+        chosen, rejected = log_ratios[0::2], log_ratios[1::2]
+        losses = dpo_loss(
+            chosen,
+            rejected,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            kind=self.loss_kind,
+        )
+        pair_weights = batch.weights.sum(-1).unflatten(0, (-1, 2)).sum(-1)  # [B / 2], 2 each
+        loss_sum = (pair_weights * losses).sum()
+        if self.nll_coef:
+            nll = -(batch.weights[0::2] * logprobs[0::2]).sum()
+            loss_sum = loss_sum + 2 * self.nll_coef * nll
+        with torch.no_grad():
+            metrics = {
+                "dpo/accuracy": (pair_weights * (chosen > rejected)).sum(),
+                "dpo/margin": (pair_weights * self.beta * (chosen - rejected)).sum(),
+                "dpo/chosen_log_ratio": (pair_weights * chosen).sum(),
+                "dpo/rejected_log_ratio": (pair_weights * rejected).sum(),
+            }
+        return LossOutput(loss_sum, metrics)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
+
+from rlzoo.advantages import generalized_advantages, whiten
+from rlzoo.algos.clipped import ClippedPolicyAlgorithm
+from rlzoo.errors import UserError, check_at_least, check_choice
+from rlzoo.logprobs import response_hidden, response_scores, spread
+from rlzoo.losses import LossOutput, value_loss
+from rlzoo.models.critic import Critic
+from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
+
+
+class PPO(ClippedPolicyAlgorithm):
+    """Proximal Policy Optimization with a critic (arXiv:1707.06347).
+
+    Trains on every rollout, credits each token by generalized advantage estimation from the
+    critic's values (whitened over all tokens of the rollout step), and minimises the clipped
+    surrogate plus the critic's clipped squared error. The reward stands at the last token. Actor
+    and critic are two parameter groups of one optimizer, each clipped by its own norm.
+
+    Args:
+        critic: "separate", a backbone of its own that starts as the policy does, or "shared", a
+            head on the policy's trunk, which then learns from both losses.
+        critic_lr: learning rate of the critic's parameters; of the head alone if shared.
+        critic_warmup: rollout steps at first in which the critic alone is trained.
+        gamma, lam: discount, and lambda of the estimation; released code has 1 and 1.
+        whiten_advantages: whether advantages get mean 0 and variance 1 over the rollout step.
+        value_coef: weight of the critic's loss.
+        value_clip: half width around the old values; null does not clip. Released code: 0.5.
+    """
+
+    credits_tokens = True
+
+    def __init__(
+        self,
+        policy: PolicyFactory,
+        optimizer: OptimizerFactory,
+        *,
+        critic: str = "separate",
+        critic_lr: float = 1e-5,
+        critic_warmup: int = 0,
+        gamma: float = 1.0,
+        lam: float = 1.0,
+        whiten_advantages: bool = True,
+        value_coef: float = 1.0,
+        value_clip: float | None = 0.5,
+        **shared: Any,
+    ) -> None:
+        super().__init__(policy, optimizer, **shared)
+        check_choice("algo.critic", critic, ("separate", "shared"))
+        check_at_least("algo.critic_warmup", critic_warmup, 0)
+        for key, value in {"gamma": gamma, "lam": lam}.items():
+            if not 0 <= value <= 1:
+                raise UserError(f"algo.{key} must be in [0, 1], got {value}.")
+        for key, value in {"critic_lr": critic_lr, "value_coef": value_coef}.items():
+            if value <= 0:
+                raise UserError(f"algo.{key} must be above 0, got {value}.")
+        if value_clip is not None and value_clip <= 0:
+            raise UserError(f"algo.value_clip must be above 0 or null, got {value_clip}.")
+        if self.rejected == "drop" and self.overlong_filter:
+            raise UserError("algo=ppo takes algo.overlong_filter with algo.rejected=zero alone.")
+        self.critic_kind, self.critic_lr, self.critic_warmup = critic, critic_lr, critic_warmup
+        self.gamma, self.lam, self.whiten_advantages = gamma, lam, whiten_advantages
+        self.value_coef, self.value_clip = value_coef, value_clip
+        self.critic: Critic | None = None
+        self.warming_up = False
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.critic is None:
+            backbone = self.policy_factory().train() if self.critic_kind == "separate" else None
+            self.critic = Critic(self.policy.config.hidden_size, backbone)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        (actor,) = super().parameter_groups()
+        critic = [p for p in self.critic.parameters() if p.requires_grad]
+        return [actor, {"name": "critic", "params": critic, "lr": self.critic_lr}]
+
+    def piece_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """Adds `values` [B, T], of the state before each response token."""
+        hidden = response_hidden(self.policy, batch)
+        scores = response_scores(
+            self.policy, batch, self.temperature, hidden, entropy_gradient=self.entropy_gradient
+        )
+        values = self.critic(batch, hidden.detach() if self.warming_up else hidden)
+        return scores._asdict() | {"values": spread(values, batch.response_mask)}
+
+    def score_batch(self, batch: RolloutBatch, old: bool) -> dict[str, Tensor]:
+        scores = self.forward_scores(batch)
+        kept = super().score_batch(batch, old=False)
+        return kept | {"old_logprobs": scores["logprobs"], "values": scores["values"]}
+
+    def prepare(
+        self, rollouts: Rollouts, on_progress: Callable[[int], None] = lambda n: None
+    ) -> list[RolloutBatch]:
+        self.warming_up = rollouts.rollout_step < self.critic_warmup
+        return super().prepare(rollouts, on_progress)
+
+    def compute_advantages(self, rollouts: Rollouts) -> list[Tensor]:
+        """N x [L]; also leaves `returns` with the rollouts' scores."""
+        lengths = rollouts.lengths
+        values = pad_sequence(rollouts.scores["values"], batch_first=True)  # [N, T]
+        mask = torch.arange(values.shape[1]) < lengths[:, None]
+        token_rewards = torch.zeros_like(values)
+        token_rewards[torch.arange(len(lengths)), lengths - 1] = rollouts.rewards
+        if self.kl_coef and self.kl_in == "reward":
+            token_rewards -= pad_sequence(self.kl_penalties(rollouts), batch_first=True)
+        credit = generalized_advantages(
+            token_rewards, values, mask, gamma=self.gamma, lam=self.lam
+        )
+        unpad = lambda x: [row[:n] for row, n in zip(x, lengths.tolist(), strict=True)]  # noqa: E731
+        rollouts.scores["returns"] = unpad(credit.returns)
+        if self.whiten_advantages:
+            return unpad(whiten(credit.advantages, mask))
+        return unpad(credit.advantages)
+
+    def auxiliary_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput:
+        loss_sum, metrics = value_loss(
+            scores["values"], batch.values, batch.returns, batch.weights, self.value_clip
+        )
+        return LossOutput(self.value_coef * loss_sum, metrics)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.warming_up:
+            for parameter in self.policy.parameters():
+                parameter.grad = None
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlzoo.advantages import group_advantages, group_stats
+from rlzoo.algos.clipped import ClippedPolicyAlgorithm
+from rlzoo.errors import check_choice
+from rlzoo.selection import solved_groups, unsolved_groups
+from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
+
+
+class Reinforce(ClippedPolicyAlgorithm):
+    """Reinforce with importance ratio and clipping (arXiv:2504.11343 section 5.1), and the
+    ablations that lead from it to GRPO.
+
+    Trains on every rollout, credits each with its reward of +1 or -1, and minimises the clipped
+    surrogate in the form min(r A, clip(r) A). The paper's Eq. 5 prints min(r, clip(r)) times the
+    reward, which for a negative one is no bound at all.
+
+    Args:
+        baseline: "none", or "mean" of the group, taken from the reward.
+        scale_by_std: divides by the group's standard deviation, without taking off the mean.
+        drop_solved: rejects groups that are all correct.
+        drop_unsolved: rejects groups that are all wrong.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyFactory,
+        optimizer: OptimizerFactory,
+        *,
+        baseline: str = "none",
+        scale_by_std: bool = False,
+        drop_solved: bool = False,
+        drop_unsolved: bool = False,
+        **shared: Any,
+    ) -> None:
+        super().__init__(policy, optimizer, **shared)
+        check_choice("algo.baseline", baseline, ("none", "mean"))
+        self.baseline, self.scale_by_std = baseline, scale_by_std
+        self.drop_solved, self.drop_unsolved = drop_solved, drop_unsolved
+
+    def compute_advantages(self, rollouts: Rollouts) -> Tensor:
+        rewards, groups = rollouts.rewards, rollouts.group_ids
+        if self.baseline == "mean":
+            return group_advantages(rewards, groups, scale_by_std=self.scale_by_std)
+        if self.scale_by_std:
+            stats = group_stats(rewards, groups)
+            return torch.where(stats.degenerate, rewards, rewards / (stats.std + 1e-6))
+        return rewards
+
+    def select(self, rollouts: Rollouts) -> Tensor:
+        kept = torch.ones(len(rollouts), dtype=torch.bool)
+        if self.drop_solved:
+            kept &= ~solved_groups(rollouts.rewards, rollouts.group_ids)
+        if self.drop_unsolved:
+            kept &= ~unsolved_groups(rollouts.rewards, rollouts.group_ids)
+        return kept

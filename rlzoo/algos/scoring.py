@@ -1,0 +1,179 @@
+"""What the trainer's own models say of drawn tokens: log-probs, entropies, values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rlzoo.algos.optimization import OptimizationModule
+from rlzoo.distributed import all_gather, world
+from rlzoo.errors import UserError, check_at_least
+from rlzoo.logprobs import response_scores
+from rlzoo.microbatching import Plan, collate
+from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
+
+
+class ScoringModule(OptimizationModule):
+    """A policy, and perhaps a frozen reference, that score rollouts before they are trained on.
+
+    Args:
+        policy, optimizer, scheduler, max_skipped_updates: as in `OptimizationModule`.
+        needs_reference: whether the initial policy is kept beside the one in training.
+        temperature: of sampling; logits are divided by it in every pass.
+        max_tokens_per_microbatch: a larger microbatch is computed in pieces, each recomputed in
+            the backward pass, so that memory stays bounded.
+        max_logprob_gap: mean |trainer - engine| log-prob, nats, over which the first rollout step
+            stops the run.
+        pad_token_id: fills microbatches.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyFactory,
+        optimizer: OptimizerFactory,
+        scheduler: Callable[..., Any] | None,
+        *,
+        needs_reference: bool,
+        temperature: float,
+        max_tokens_per_microbatch: int,
+        max_logprob_gap: float,
+        pad_token_id: int,
+        max_skipped_updates: int,
+    ) -> None:
+        super().__init__(policy, optimizer, scheduler, max_skipped_updates=max_skipped_updates)
+        check_at_least("algo.max_tokens_per_microbatch", max_tokens_per_microbatch, 1)
+        if temperature <= 0:
+            raise UserError(
+                f"algo.temperature must be above 0, got {temperature}: training needs a"
+                " distribution to take gradients of. Greedy decoding is for evaluation."
+            )
+        self.needs_reference, self.temperature = needs_reference, temperature
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self.max_logprob_gap, self.pad_token_id = max_logprob_gap, pad_token_id
+        self.entropy_gradient = False  # True where the loss has an entropy term
+        self._gap_sums = [0.0, 0.0, 0.0]  # tokens, sum and largest of the rollout step's gaps
+        self._reference: list[nn.Module] = []  # in a list: not among the module's parameters
+
+    # --- one microbatch ---------------------------------------------------------------------
+
+    def forward_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """`piece_scores` of a microbatch, in checkpointed pieces if it is too large."""
+        slices = batch.row_slices(self.max_tokens_per_microbatch)
+        if len(slices) == 1:
+            return self.piece_scores(batch)
+
+        def piece(rows: slice) -> dict[str, Tensor]:
+            tensors = {name: tensor[rows] for name, tensor in batch.tensors().items()}
+            return self.piece_scores(RolloutBatch(tensors, batch.divisor))
+
+        if torch.is_grad_enabled():
+            parts = [checkpoint(piece, rows, use_reentrant=False) for rows in slices]
+        else:
+            parts = [piece(rows) for rows in slices]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def piece_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """`logprobs` and `entropy` of the policy being trained, each [B, T]."""
+        scores = response_scores(
+            self.policy, batch, self.temperature, entropy_gradient=self.entropy_gradient
+        )
+        return scores._asdict()
+
+    def score_batch(self, batch: RolloutBatch, old: bool) -> dict[str, Tensor]:
+        """What is kept of a scored microbatch, each [B, T] by the name it has in RolloutBatch."""
+        kept = {"old_logprobs": self.forward_scores(batch)["logprobs"]} if old else {}
+        if self._reference:
+            scores = response_scores(self._reference[0], batch, self.temperature)
+            kept["ref_logprobs"] = scores.logprobs
+        return kept
+
+    # --- a rollout step ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self,
+        rollouts: Rollouts,
+        indices: Sequence[int],
+        old: bool,
+        on_progress: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        """Fills `rollouts.scores` for some rollouts; every rank scores its share and holds all.
+
+        Args:
+            indices: the rollouts to score.
+            old: whether the weights that sampled score too, not the reference alone.
+        """
+        self._gap_sums = [0.0, 0.0, 0.0]
+        if not old and not self._reference:
+            return
+        rank, world_size = world()
+        mine: dict[str, dict[int, Tensor]] = {}
+        for chunk in self.chunks(rollouts, indices, world_size)[rank::world_size]:
+            plan = Plan(chunk, torch.ones(len(chunk)), 1.0)
+            batch = collate(rollouts, plan, self.pad_token_id).to(self.device)
+            for name, scores in self.score_batch(batch, old).items():
+                rows = zip(chunk, scores.cpu(), strict=False)  # an empty chunk has one blank row
+                mine.setdefault(name, {}).update(
+                    {i: row[: len(rollouts.responses[i])].clone() for i, row in rows}
+                )
+            on_progress(len(chunk))
+        nothing = [torch.zeros(0)] * len(rollouts)
+        for part in all_gather(mine):
+            for name, found in part.items():
+                scores = rollouts.scores.setdefault(name, list(nothing))
+                for i, row in found.items():
+                    scores[i] = row
+        for i in indices if old else ():
+            self.note_gap(rollouts.scores["old_logprobs"][i], rollouts.sampler_logprobs[i])
+
+    def chunks(self, rollouts: Rollouts, indices: Sequence[int], parts: int) -> list[list[int]]:
+        """Rollouts of like length together, within the token limit; a multiple of `parts`."""
+        chunks: list[list[int]] = []
+        width = 0
+        for i in sorted(indices, key=lambda i: -rollouts.num_tokens(i)):
+            if not chunks or (len(chunks[-1]) + 1) * width > self.max_tokens_per_microbatch:
+                chunks.append([])
+                width = rollouts.num_tokens(i)
+            chunks[-1].append(i)
+        return chunks + [[]] * (-len(chunks) % parts)
+
+    # --- engine against trainer -------------------------------------------------------------
+
+    def note_gap(self, logprobs: Tensor, sampler_logprobs: Tensor) -> None:
+        """Adds |trainer - engine| log-probs of the same tokens and weights to the step's."""
+        gap = (logprobs - sampler_logprobs).abs()
+        if gap.numel():
+            tokens, total, largest = self._gap_sums
+            largest = max(largest, float(gap.max()))
+            self._gap_sums = [tokens + gap.numel(), total + float(gap.double().sum()), largest]
+
+    @property
+    def gap(self) -> dict[str, float]:
+        """Sampler against trainer log-probs of the rollout step so far, nats a token."""
+        tokens, total, largest = self._gap_sums
+        return {"logprob_gap/mean": total / tokens, "logprob_gap/max": largest} if tokens else {}
+
+    def check_gap(self) -> None:
+        mean_gap = self.gap.get("logprob_gap/mean", 0.0)
+        if mean_gap > self.max_logprob_gap:
+            raise UserError(
+                f"The engine's log-probs differ from the trainer's by {mean_gap:.3g} nats a token"
+                f" on average (algo.max_logprob_gap={self.max_logprob_gap}): the policy would be"
+                " trained on another model's rollouts. Likely causes: a failed weight sync, another"
+                " temperature or top-p in the engine, another dtype, another tokenizer."
+            )
+
+    # --- models -----------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.needs_reference and not self._reference:
+            self._reference = [self.policy_factory().eval().requires_grad_(False)]
+
+    def on_fit_start(self) -> None:
+        for reference in self._reference:
+            reference.to(self.device)
