@@ -25,6 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 import yaml  # noqa: E402
 
 from drift import entropy_and_kl_to_start  # noqa: E402
@@ -33,7 +34,7 @@ Job = tuple[str, int]  # variant, seed
 SPENT = ("responses", "tokens", "updates", "seconds", "planning_share", "pilot_share")
 # 97.5% points of Student's t by degrees of freedom, and of the normal distribution beyond.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 1.960]
-CURVE = ("responses", "tokens", "updates", "time/seconds", "val/avg_at_8", "val/pass_at_8")
+CURVE = ("responses", "tokens", "updates", "time/seconds", "val/avg_at_8", "val/pass_at_8", "entropy")
 
 
 def run(run_dir: Path, overrides: list[str], seed: int) -> Path | None:
@@ -49,6 +50,9 @@ def run(run_dir: Path, overrides: list[str], seed: int) -> Path | None:
         if code:
             print(f"{run_dir.name} failed with exit code {code}: see {run_dir}.out", flush=True)
             return None
+    drift = run_dir / "drift.json"
+    if not drift.exists():
+        drift.write_text(json.dumps(entropy_and_kl_to_start(run_dir)))
     print(f"{run_dir.name} is done", flush=True)
     return run_dir
 
@@ -64,7 +68,8 @@ def result(job: Job, run_dir: Path) -> dict[str, object]:
     row: dict[str, object] = {"variant": job[0], "seed": job[1]}
     row |= {f"avg_at_8_{k}": summary[f"val_avg_at_8_{k}"] for k in ("first", "last", "best")}
     row["pass_at_8_last"] = float(curve(run_dir)[-1]["val/pass_at_8"])
-    return row | {name: summary[name] for name in SPENT} | entropy_and_kl_to_start(run_dir)
+    row |= {name: summary[name] for name in SPENT}
+    return row | json.loads((run_dir / "drift.json").read_text())
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -132,6 +137,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--runs", type=Path, help="run directories; outputs/NAME if not given")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     study = yaml.safe_load((args.folder / "variants.yaml").read_text())
     folder = args.runs or Path("outputs") / args.folder.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +156,7 @@ def main() -> None:
     rows = [result(job, run_dir) for job, run_dir in runs.items()]
     write_csv(args.folder / "results.csv", rows)
     points = [
-        {"variant": v, "seed": s} | {name: point[name] for name in CURVE}
+        {"variant": v, "seed": s} | {name: point.get(name, "") for name in CURVE}
         for (v, s), run_dir in runs.items()
         for point in curve(run_dir)
     ]
