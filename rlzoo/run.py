@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -54,8 +55,8 @@ def explain(error: BaseException, cfg: DictConfig) -> str | None:
             return str(cause)
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             return (
-                f"The disk is full: {cause}. The last boundary checkpoint in"
-                f" {cfg.run_dir}/checkpoints stands. Free some space and go on with ckpt_path=last."
+                f"The disk is full: {cause}. {what_stands(cfg)} Free some space and go on with"
+                f" run_dir={cfg.run_dir} ckpt_path=last."
             )
         if isinstance(cause, TypeError) and isinstance(error, InstantiationException):
             return f"A key that its class does not take: {one_line(str(error))}"
@@ -69,10 +70,16 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def what_stands(cfg: DictConfig) -> str:
+    checkpoint = Path(cfg.run_dir) / "checkpoints" / "last.ckpt"
+    if checkpoint.exists():
+        return f"The last boundary checkpoint, {checkpoint}, stands."
+    return "No boundary had been reached, so a resumed run starts anew."
+
+
 def interrupted(cfg: DictConfig) -> None:
     print(
-        f"\nInterrupted. The last boundary checkpoint stands; go on with"
-        f" run_dir={cfg.run_dir} ckpt_path=last.",
+        f"\nInterrupted. {what_stands(cfg)} Go on with run_dir={cfg.run_dir} ckpt_path=last.",
         file=sys.stderr,
     )
     sys.exit(INTERRUPTED)

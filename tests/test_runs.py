@@ -61,6 +61,10 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
 
 
+def summary_of(run_dir: Path) -> dict:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
 def assert_same_run(run_dir: Path, other: Path) -> None:
     assert equal_but_time(run_dir / "metrics.csv", other / "metrics.csv") == []
     assert equal_but_time(run_dir / "ledger.csv", other / "ledger.csv") == []
@@ -83,7 +87,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_directory_explains_itself(reference):
     for name in ("config.yaml", "environment.json", "metrics.csv", "ledger.csv", "learning.png"):
         assert (reference / name).stat().st_size > 0
-    summary = json.loads((reference / "summary.json").read_text())
+    summary = summary_of(reference)
     assert summary["responses"] == 288
     assert summary["pilot_share"] == pytest.approx(96 / 288)
     steps = len(read_metrics(reference / "metrics.csv")) - 1  # the first row is a validation
@@ -136,20 +140,87 @@ def test_ctrl_c_exits_130_and_the_resumed_run_is_the_same(reference, tmp_path):
     assert_same_run(run_dir, reference)
 
 
-@pytest.mark.parametrize("algo", ["raft", "raft_pp", "reinforce_rej"])
-def test_every_algorithm_trains_with_uniform_budgets(algo, tmp_path):
-    small = [o for o in SMALL if not o.startswith(("sampler", "limits"))]
-    run(
-        tmp_path / algo,
-        *small,
-        f"algo={algo}",
-        "sampler=uniform",
-        "limits.max_responses=64",
-        "algo.kl_coef=0.001",
-    )
-    summary = json.loads((tmp_path / algo / "summary.json").read_text())
+UNIFORM = (*(o for o in SMALL if not o.startswith(("sampler", "limits"))), "sampler=uniform")
+
+
+@pytest.mark.parametrize("algo", ["raft", "reinforce_rej", "iterative_dpo"])
+def test_every_kind_of_algorithm_trains_with_uniform_budgets(algo, tmp_path):
+    options = ("limits.max_responses=64", "algo.kl_coef=0.001")
+    run(tmp_path / algo, *UNIFORM, f"algo={algo}", *options)
+    summary = summary_of(tmp_path / algo)
     assert summary["responses"] == 64 and summary["updates"] > 0
     assert summary["pilot_share"] == 0
+
+
+def test_dynamic_sampling_pays_for_what_it_throws_away(tmp_path):
+    small = [o for o in UNIFORM if not o.startswith("sampler")]
+    run(tmp_path / "dapo", *small, "algo=dapo", "limits.max_responses=64")
+    rows = read_metrics(tmp_path / "dapo" / "metrics.csv")[1:]
+    drawn = [int(row["num_rollouts"]) for row in rows]
+    assert max(int(row["rounds"]) for row in rows) > 1 and max(drawn) > 32
+    assert summary_of(tmp_path / "dapo")["responses"] == sum(drawn)
+
+
+def test_ppo_killed_in_the_middle_resumes_to_the_same_actor_and_critic(tmp_path):
+    options = (*UNIFORM, "algo=ppo", "limits.max_responses=96", "algo.critic_warmup=1")
+    run(tmp_path / "whole", *options)
+    killed = tmp_path / "killed"
+    process = start(killed, *options)
+    wait_for(killed / "checkpoints" / "last.ckpt", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run(killed, *options, "ckpt_path=last")
+    assert_same_run(killed, tmp_path / "whole")
+    assert any(name.startswith("critic.") for name in weights(killed))
+
+
+def test_recorded_rollouts_train_any_algorithm_and_are_not_paid_for(reference, tmp_path):
+    options = ("algo=raft_pp", "limits.max_responses=null", f"replay={reference / 'rollouts'}")
+    run(tmp_path / "replay", *UNIFORM, *options)
+    summary = summary_of(tmp_path / "replay")
+    assert summary["responses"] == 0 and summary["updates"] > 0
+    assert summary["ledger"]["responses/replay"] == 192  # what the reference trained on
+    assert "the end of replay" in summary["stopped_by"]
+
+
+def test_right_rollouts_of_a_run_are_a_corpus_for_supervised_training(reference, tmp_path):
+    run(
+        tmp_path / "sft",
+        "algo=sft",
+        "num_threads=1",
+        "data.num_val=16",
+        f"datamodule.rollouts={reference / 'rollouts'}",
+        "datamodule.batch_size=8",
+        "datamodule.updates_per_step=2",
+        "limits.max_responses=null",
+        "limits.max_updates=4",
+    )
+    assert summary_of(tmp_path / "sft")["updates"] == 4
+
+
+def test_gradients_that_are_not_finite_stop_the_run_with_a_word(tmp_path):
+    output = run(
+        tmp_path / "nan", *UNIFORM, "lr=1e30", "algo.max_skipped_updates=1", "algo.passes=4", expected=2
+    )
+    assert "algo.max_skipped_updates=1" in output and "Traceback" not in output
+
+
+def test_a_full_disk_costs_no_checkpoint_and_the_resumed_run_is_the_same(tmp_path):
+    options = (*UNIFORM, "limits.max_responses=128", "val_every=0")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk can only be made by root")
+    try:  # one checkpoint of 11 MB fits, the next one beside it does not
+        output = run(disk / "run", *options, expected=2)
+        assert "The disk is full" in output and "last.ckpt, stands" in output
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        run(disk / "run", *options, "ckpt_path=last")
+        run(tmp_path / "whole", *options)
+        assert_same_run(disk / "run", tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_policy_exported_by_one_run_starts_another(reference, tmp_path):
@@ -201,5 +272,4 @@ def test_the_whole_loop_runs_on_the_real_gsm8k(tmp_path):
         "datamodule.max_response_tokens=16",
         "limits.max_responses=64",
     )
-    summary = json.loads((tmp_path / "gsm8k" / "summary.json").read_text())
-    assert summary["responses"] >= 64
+    assert summary_of(tmp_path / "gsm8k")["responses"] >= 64

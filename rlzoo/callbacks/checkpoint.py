@@ -55,7 +55,11 @@ class Checkpoint(BoundaryCallback):
             if hasattr(logger, "flush"):
                 logger.flush()
         partial, last = self.folder / "last.ckpt.partial", self.folder / "last.ckpt"
-        trainer.save_checkpoint(partial)
+        try:
+            trainer.save_checkpoint(partial)
+        except OSError:
+            partial.unlink(missing_ok=True)  # on a full disk, half a checkpoint takes the last room
+            raise
         if improved and trainer.is_global_zero:
             best = self.folder / "best.ckpt.partial"
             shutil.copyfile(partial, best)
