@@ -105,34 +105,6 @@ class PolicyAlgorithm(ScoringModule):
             pad_token_id=pad_token_id,
             max_skipped_updates=max_skipped_updates,
         )
-        check_choice("algo.aggregation", aggregation, AGGREGATIONS)
-        check_choice("algo.rejected", rejected, ("drop", "zero"))
-        check_choice("algo.reward_scale", reward_scale, ("zero_one", "plus_minus_one"))
-        check_choice("algo.kl_estimator", kl_estimator, KL_ESTIMATORS)
-        check_choice("algo.kl_in", kl_in, ("loss", "reward"))
-        check_at_least("algo.updates", updates, 1)
-        check_at_least("algo.passes", passes, 1)
-        for key, value in {
-            "kl_coef": kl_coef,
-            "entropy_coef": entropy_coef,
-            "overlong_penalty": overlong_penalty,
-        }.items():
-            check_at_least(f"algo.{key}", value, 0)
-        if not 0 <= overlong_buffer < 1:
-            raise UserError(
-                f"algo.overlong_buffer must be in [0, 1), got {overlong_buffer}: it is a share of"
-                " the length limit. DAPO uses 0.2."
-            )
-        if tis_cap is not None:
-            check_at_least("algo.tis_cap", tis_cap, 1)
-        if not self.uses_reward_values and (overlong_buffer or (kl_coef and kl_in == "reward")):
-            raise UserError(
-                f"{type(self).__name__} asks of rewards only which rollouts are right, so"
-                " algo.overlong_buffer and algo.kl_in=reward would do nothing. Use"
-                " algo.overlong_filter and algo.kl_in=loss."
-            )
-        if kl_coef and kl_in == "loss" and kl_estimator == "k1":
-            log.warning("algo.kl_estimator=k1 in the loss has a mean gradient of 0: prefer k2 or k3.")
         self.updates, self.passes = updates, passes
         self.aggregation, self.rejected, self.reward_scale = aggregation, rejected, reward_scale
         self.kl_coef, self.kl_estimator, self.kl_in = kl_coef, kl_estimator, kl_in
@@ -142,6 +114,38 @@ class PolicyAlgorithm(ScoringModule):
         self.max_response_tokens, self.seed = max_response_tokens, seed
         self.means = WeightedMeans()  # of the rollout step, over tokens
         self.scores_old = True  # whether this rollout step's old log-probs were computed apart
+        self.check_options()
+
+    def check_options(self) -> None:
+        """Raises a UserError for a value out of range, or one that this algorithm would ignore."""
+        check_choice("algo.aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("algo.rejected", self.rejected, ("drop", "zero"))
+        check_choice("algo.reward_scale", self.reward_scale, ("zero_one", "plus_minus_one"))
+        check_choice("algo.kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_choice("algo.kl_in", self.kl_in, ("loss", "reward"))
+        for key in ("updates", "passes"):
+            check_at_least(f"algo.{key}", getattr(self, key), 1)
+        for key in ("kl_coef", "entropy_coef", "overlong_penalty"):
+            check_at_least(f"algo.{key}", getattr(self, key), 0)
+        if self.tis_cap is not None:
+            check_at_least("algo.tis_cap", self.tis_cap, 1)
+        if not 0 <= self.overlong_buffer < 1:
+            raise UserError(
+                f"algo.overlong_buffer must be in [0, 1), got {self.overlong_buffer}: it is a share"
+                " of the length limit. DAPO uses 0.2."
+            )
+        if not self.uses_reward_values and (self.overlong_buffer or self.kl_in_reward):
+            raise UserError(
+                f"{type(self).__name__} asks of rewards only which rollouts are right, so"
+                " algo.overlong_buffer and algo.kl_in=reward would do nothing. Use"
+                " algo.overlong_filter and algo.kl_in=loss."
+            )
+        if self.kl_coef and self.kl_in == "loss" and self.kl_estimator == "k1":
+            log.warning("algo.kl_estimator=k1 in the loss has a mean gradient of 0: prefer k2 or k3.")
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl_coef > 0 and self.kl_in == "reward"
 
     # --- what makes an algorithm that algorithm ---------------------------------------------
 
@@ -192,14 +196,14 @@ class PolicyAlgorithm(ScoringModule):
         With one update per rollout step the ratio is 1 by construction, so old log-probs are taken
         from the training pass; the first rollout step always scores, to compare with the engine.
         """
-        if first or self.credits_tokens or (self.kl_coef and self.kl_in == "reward"):
+        if first or self.credits_tokens or self.kl_in_reward:
             return True
         needed = self.needs_old_logprobs or self.tis_cap is not None
         return needed and self.updates_per_step > 1
 
     def scored(self, rollouts: Rollouts) -> list[int]:
         """Rollouts that are scored: those that train, or all where credit needs them."""
-        if self.credits_tokens or (self.kl_coef and self.kl_in == "reward"):
+        if self.credits_tokens or self.kl_in_reward:
             return list(range(len(rollouts)))
         return [i for unit in self.units(rollouts) for i in unit]
 
@@ -249,7 +253,7 @@ class PolicyAlgorithm(ScoringModule):
             rollouts.lengths, limit, round(self.overlong_buffer * limit)
         )
         rewards = rewards + self.overlong_penalty * penalty
-        if self.kl_coef and self.kl_in == "reward" and not self.credits_tokens:
+        if self.kl_in_reward and not self.credits_tokens:
             rewards = rewards - torch.stack([kl.sum() for kl in self.kl_penalties(rollouts)])
         return rewards
 

@@ -64,8 +64,6 @@ class PPO(ClippedPolicyAlgorithm):
                 raise UserError(f"algo.{key} must be above 0, got {value}.")
         if value_clip is not None and value_clip <= 0:
             raise UserError(f"algo.value_clip must be above 0 or null, got {value_clip}.")
-        if self.rejected == "drop" and self.overlong_filter:
-            raise UserError("algo=ppo takes algo.overlong_filter with algo.rejected=zero alone.")
         self.critic_kind, self.critic_lr, self.critic_warmup = critic, critic_lr, critic_warmup
         self.gamma, self.lam, self.whiten_advantages = gamma, lam, whiten_advantages
         self.value_coef, self.value_clip = value_coef, value_clip
@@ -110,7 +108,7 @@ class PPO(ClippedPolicyAlgorithm):
         mask = torch.arange(values.shape[1]) < lengths[:, None]
         token_rewards = torch.zeros_like(values)
         token_rewards[torch.arange(len(lengths)), lengths - 1] = rollouts.rewards
-        if self.kl_coef and self.kl_in == "reward":
+        if self.kl_in_reward:
             token_rewards -= pad_sequence(self.kl_penalties(rollouts), batch_first=True)
         credit = generalized_advantages(
             token_rewards, values, mask, gamma=self.gamma, lam=self.lam

@@ -3,12 +3,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 
+from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.types import RolloutBatch
 
 
-class TrainingPhase(Callback):
+class TrainingPhase(BoundaryCallback):
     """Books the seconds of training and shows its bar; stands first, so that it ends first."""
 
     def __init__(self) -> None:
@@ -25,18 +26,13 @@ class TrainingPhase(Callback):
             bar = data.bars.phase("training", total, "microbatches")
             self._advance = self._open.enter_context(bar)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: RolloutBatch,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, *args: Any) -> None:
         self._advance(1)
-        if batch.last:
-            self._open.close()
-            self._advance = None
+        super().on_train_batch_end(*args)
+
+    def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open.close()
+        self._advance = None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ from rlzoo.progress import Bars
 from rlzoo.rewards.verifier import MathReward
 from rlzoo.rng import derive_seed
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
+
+
+log = logging.getLogger(__name__)
 
 
 class RolloutDataModule(RunDataModule):
@@ -126,6 +130,12 @@ class RolloutDataModule(RunDataModule):
             self.source.load(split), self.tokenizer, self.max_prompt_tokens, self.on_too_long
         )
         self.train_prompts, self.val_prompts = encode("train"), encode("val")
+        shared = {p.id for p in self.train_prompts} & {p.id for p in self.val_prompts}
+        if shared:
+            log.warning(
+                f"{len(shared)} of {len(self.val_prompts)} validation prompts are also trained on"
+                f" (such as {min(shared)}): validation will look better than it is."
+            )
         if len(self.train_prompts) < self.prompts_per_epoch:
             raise UserError(
                 f"datamodule.prompts_per_epoch={self.prompts_per_epoch}, but the data has only"

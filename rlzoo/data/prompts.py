@@ -153,7 +153,8 @@ class FilePrompts:
             `path` by a hash of prompt id and seed, and leaves the training prompts.
         val_fraction, test_fraction: shares of `path` that are taken so, in [0, 1).
         solution_column: worked solutions, if any. When it is also the answer column and answers
-            stand after `####`, the solution is the text before.
+            stand after `####`, the solution is the text before, without calculator notes
+            (`<<48/2=24>>`), and the answer in a box.
         id_column: unique ids; None makes them from a hash of the question.
         file_format: `jsonl` or `parquet`.
         answer_format: a name from ANSWER_FORMATS.
@@ -324,7 +325,9 @@ class FilePrompts:
         if isinstance(value, list) and value:  # alternative solutions, the first as good as any
             value = value[0]
         if self.solution_column == self.answer_column and self.answer_format == "hashes":
-            value = plain(value).rpartition("####")[0]
+            # GSM8K's calculator notes go; the answer is boxed, as prompts and rewards ask for it.
+            text = re.sub(r"<<.*?>>", "", plain(value).rpartition("####")[0]).strip()
+            value = f"{text}\n\\boxed{{{hashes(row[self.answer_column])}}}"
         return str(value).strip() or None
 
 

@@ -83,7 +83,7 @@ class PromptTemplate:
                 f" {longest_id!r}, has {longest} tokens"
             )
             if not encoded:
-                raise UserError(f"No prompt is left: {report}. Raise max_prompt_tokens.")
+                raise UserError(f"No prompt is left: {report}. Raise the limit.")
             self.num_dropped += len(too_long)
             log.warning("Prompts dropped: %s.", report)
         return encoded

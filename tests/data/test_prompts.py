@@ -122,12 +122,12 @@ def test_a_parquet_file_gives_the_same_prompts_as_the_jsonl_file(
     assert len(from_parquet) == 20
 
 
-def test_gsm8k_solutions_are_the_text_before_the_hashes(write: Writer) -> None:
+def test_gsm8k_solutions_end_in_a_box_and_have_no_calculator_notes(write: Writer) -> None:
     config = OmegaConf.load(CONF / "gsm8k.yaml")
     options = {key: config[key] for key in ("solution_column", "answer_format")}
     row = {"question": "How many?", "answer": "3*400=<<3*400=1200>>1200\n#### 1,200"}
     (prompt,) = source(write([row]), **options).load("train")
-    assert (prompt.answer, prompt.solution) == ("1200", "3*400=<<3*400=1200>>1200")
+    assert (prompt.answer, prompt.solution) == ("1200", "3*400=1200\n\\boxed{1200}")
 
 
 def test_the_solution_is_the_first_where_a_row_lists_several(write: Writer) -> None:
