@@ -80,10 +80,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def interval(values: list[float]) -> str:
-    """Mean and half width of the 95% interval of the mean over seeds (Student's t)."""
+    """Mean and half width of its 95% interval over seeds (Student's t); of two, both."""
     x = np.asarray(values, float)
-    if len(x) < 2:
-        return f"{x.mean():.1f}"
+    if len(x) < 3:
+        return " / ".join(f"{value:.1f}" for value in x)
     half = STUDENT[min(len(x) - 2, 10)] * x.std(ddof=1) / np.sqrt(len(x))
     return f"{x.mean():.1f} ± {half:.1f}"
 
