@@ -34,7 +34,8 @@ Job = tuple[str, int]  # variant, seed
 SPENT = ("responses", "tokens", "updates", "seconds", "planning_share", "pilot_share")
 # 97.5% points of Student's t by degrees of freedom, and of the normal distribution beyond.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 1.960]
-CURVE = ("responses", "tokens", "updates", "time/seconds", "val/avg_at_8", "val/pass_at_8", "entropy")
+CURVE = ("rollout_step", "responses", "tokens", "updates", "time/seconds", "entropy")
+CURVE += ("val/avg_at_8", "val/pass_at_8")
 
 
 def run(run_dir: Path, overrides: list[str], seed: int) -> Path | None:
@@ -117,9 +118,10 @@ def draw(runs: dict[Job, Path], path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     for i, variant in enumerate(variants):
         curves = [curve(run_dir) for (name, _), run_dir in runs.items() if name == variant]
-        length = min(map(len, curves))
-        x = np.mean([[int(p["responses"]) for p in c[:length]] for c in curves], axis=0)
-        y = np.array([[100 * float(p["val/avg_at_8"]) for p in c[:length]] for c in curves])
+        shared = set.intersection(*({p["rollout_step"] for p in c} for c in curves))
+        curves = [[p for p in c if p["rollout_step"] in shared] for c in curves]
+        x = np.mean([[int(p["responses"]) for p in c] for c in curves], axis=0)
+        y = np.array([[100 * float(p["val/avg_at_8"]) for p in c] for c in curves])
         style = {"color": colours[i % len(colours)], "linestyle": "-" if i < 20 else "--"}
         axes.plot(x, y.mean(0), marker=".", label=variant, **style)
         axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.12, linewidth=0)
