@@ -13,7 +13,7 @@ ARGS ?=
 STAMP := .venv/.installed
 PIP_INSTALL := .venv/bin/python -m pip install --no-deps
 
-.PHONY: help venv run test test-all lock clean
+.PHONY: help venv run test test-all lock oracles clean
 
 help:
 	@echo "make run [ARGS=\"key=value ...\"]  set up .venv and run the main job"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-all                    set up .venv and run every test"
 	@echo "make venv [PIP_ARGS=...]         set up .venv from requirements/cpu.txt"
 	@echo "make lock [PIP_ARGS=...]         make requirements/cpu.txt anew from requirements/cpu.in"
+	@echo "make oracles [PIP_ARGS=...]      make the numbers of tests/oracles/data anew"
 	@echo "make clean                       remove build products and caches; .venv and outputs stay"
 
 venv: $(STAMP)
@@ -60,6 +61,21 @@ lock:
 		&& build/lock/bin/python -m pip freeze --exclude rlzoo --exclude setuptools \
 		| sed 's/+[A-Za-z0-9.]*$$//'; } > build/lock/cpu.txt
 	mv build/lock/cpu.txt requirements/cpu.txt && rm -rf build/lock
+
+# What tests/oracles compares with. Each peer has an environment of its own that sees .venv's
+# packages through a .pth file, so that it takes torch from there.
+PEERS := verl trl openrlhf
+
+oracles: venv
+	.venv/bin/python tests/oracles/make.py inputs
+	for peer in $(PEERS); do \
+		rm -rf build/oracles/$$peer && .venv/bin/python -m venv build/oracles/$$peer; \
+		python=build/oracles/$$peer/bin/python; \
+		where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		.venv/bin/python -c "$$where" > "$$($$python -c "$$where")/rlzoo_venv.pth"; \
+		$$python -m pip install --no-deps -r tests/oracles/requirements/$$peer.txt $(PIP_ARGS); \
+		OMP_NUM_THREADS=1 $$python tests/oracles/make.py $$peer; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis

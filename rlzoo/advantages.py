@@ -125,7 +125,7 @@ def generalized_advantages(
     """Generalized advantage estimation (arXiv:1506.02438 Eq. 16), and returns A + V.
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with the value after
-    a response's last token taken as 0 (reference code lets that of the padding leak in where
+    a response's last token taken as 0 (some released code lets that of the padding leak in where
     lam < 1; algorithms.md 1.7).
 
     Args:

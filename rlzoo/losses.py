@@ -71,14 +71,14 @@ def sequence_clipped_surrogate_loss(
     clip_high: float | None = 4e-4,
 ) -> LossOutput:
     """GSPO's surrogate: one ratio per response, the geometric mean of its tokens' ratios
-    (arXiv:2507.18071 Eq. 5 and 7).
+    (arXiv:2507.18071 Eq. 5 and 7). The mean log-ratio is held within 20 nats, its tokens are not.
 
     Args:
         logprobs, old_logprobs, advantages, weights: [B, T], as in `clipped_surrogate_loss`.
         clip_low, clip_high: width of the clip range of the sequence ratio; the paper has 3e-4
             and 4e-4, since a mean over tokens strays far less than one token does.
     """
-    log_ratio = _log_ratio(logprobs, old_logprobs, weights)
+    log_ratio = torch.where(weights != 0, logprobs - old_logprobs, 0.0)
     lengths = (weights != 0).sum(-1, keepdim=True).clamp(min=1)
     mean = (log_ratio.sum(-1, keepdim=True) / lengths).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return _clipped(mean.expand_as(log_ratio), advantages, weights, clip_low, clip_high, None)

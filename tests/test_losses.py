@@ -1,8 +1,15 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from rlzoo.losses import clipped_surrogate_loss, kl_to_reference, policy_gradient_loss
+from rlzoo.losses import (
+    clipped_surrogate_loss,
+    kl_to_reference,
+    policy_gradient_loss,
+    sequence_clipped_surrogate_loss,
+)
 
 
 def loss_at(ratio: float, advantage: float, **options: float) -> float:
@@ -90,3 +97,13 @@ def test_clip_fraction_counts_the_tokens_whose_gradient_is_cut():
     assert metrics["clip_fraction"].item() == 1
     metrics = clipped_surrogate_loss(ratio.log(), 0 * ones, -ones, ones).metrics
     assert metrics["clip_fraction"].item() == 1
+
+
+def test_a_sequence_ratio_is_the_geometric_mean_however_far_its_tokens_stray():
+    log_ratio = torch.tensor([[40.0, -40.0, 0.3], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    weights = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    open_ended = {"clip_low": None, "clip_high": None}
+    loss = sequence_clipped_surrogate_loss(
+        log_ratio, 0 * log_ratio, torch.ones_like(weights), weights, **open_ended
+    ).loss_sum
+    assert loss.item() == pytest.approx(-(3 * math.exp(0.1) + math.exp(1.0)))

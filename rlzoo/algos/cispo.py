@@ -15,6 +15,8 @@ class CISPO(GRPO):
     ratio: a token beyond the clip keeps a gradient. The paper bounds the ratio from above alone.
     """
 
+    has_dual_clip = False
+
     def policy_loss(self, logprobs: Tensor, batch: RolloutBatch) -> LossOutput:
         return clipped_weight_loss(
             logprobs,

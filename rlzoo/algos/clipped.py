@@ -19,6 +19,8 @@ class ClippedPolicyAlgorithm(PolicyAlgorithm):
         dual_clip: bounds the loss at -A * dual_clip where A < 0; null is off.
     """
 
+    has_dual_clip = True  # False where the loss has no place for one
+
     def __init__(
         self,
         policy: PolicyFactory,
@@ -38,6 +40,11 @@ class ClippedPolicyAlgorithm(PolicyAlgorithm):
         if clip_high is not None and clip_high <= 0:
             raise UserError(
                 f"algo.clip_high must be above 0 or null, got {clip_high}. PPO uses 0.2."
+            )
+        if dual_clip is not None and not self.has_dual_clip:
+            raise UserError(
+                f"algo.dual_clip={dual_clip} would do nothing: {type(self).__name__} has none. Set it"
+                " to null."
             )
         if dual_clip is not None and dual_clip <= 1:
             raise UserError(

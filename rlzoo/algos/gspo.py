@@ -15,6 +15,8 @@ class GSPO(GRPO):
     averages responses (`aggregation=seq_mean_token_mean`) and has no dual clip.
     """
 
+    has_dual_clip = False
+
     def policy_loss(self, logprobs: Tensor, batch: RolloutBatch) -> LossOutput:
         return sequence_clipped_surrogate_loss(
             logprobs,
