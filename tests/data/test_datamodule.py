@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlzoo.allocators import Uniform
+from rlzoo.allocators import GVM, Allocator, Dynamic, Uniform
 from rlzoo.data.arithmetic import ArithmeticPrompts
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.data.rollout_loader import RolloutLoader
@@ -19,13 +19,13 @@ from tests.conftest import make_tiny_model
 TOKENIZER = load_tokenizer("tiny")
 
 
-def make(**sizes: int) -> RolloutDataModule:
+def make(allocator: Allocator | None = None, **sizes: int) -> RolloutDataModule:
     data = RolloutDataModule(
         ArithmeticPrompts(num_train=50, num_val=4),
         TOKENIZER,
         TransformersEngine(make_tiny_model, [0], 1),
         MathReward(),
-        Uniform(),
+        allocator or Uniform(),
         Bars(enabled=False),
         Limits(),
         **{"prompts_per_epoch": 16, "responses_per_prompt": 4, "responses_per_step": 16} | sizes,
@@ -33,7 +33,9 @@ def make(**sizes: int) -> RolloutDataModule:
     data.setup("fit")
     draws = []
 
-    def draw(prompts: list, budgets: list[int], stream: str, rollout_step: int) -> Rollouts:
+    def draw(
+        prompts: list, budgets: list[int], stream: str, rollout_step: int, round_: int = 0
+    ) -> Rollouts:
         draws.append((rollout_step, [prompt.id for prompt in prompts], budgets))
         chosen = [(p, n) for p, n in zip(prompts, budgets, strict=True) if n]
         num = sum(budgets)
@@ -135,3 +137,62 @@ def test_the_loader_has_a_length_and_draws_a_step_only_when_it_is_asked_for():
     assert steps == []
     assert [next(batches), next(batches)] == [(1, 0), (1, 1)] and steps == [0]
     assert len(list(batches)) == 4
+
+
+def alternate(data: RolloutDataModule) -> None:
+    """Makes every second prompt of a draw right once, so that its group has contrast."""
+    draw = data.drawer.draw
+
+    def mixed(*args: object) -> Rollouts:
+        rollouts = draw(*args)
+        rollouts.rewards[(rollouts.group_ids % 2 == 0) & (torch.arange(len(rollouts)) % 4 == 0)] = 1.0
+        return rollouts
+
+    data.drawer.draw = mixed
+
+
+def test_dynamic_sampling_replaces_prompts_without_contrast_by_others_until_none_is_left():
+    data = make(Dynamic(max_rounds=9))
+    alternate(data)
+    begin_epoch(data, [4] * 16)
+    rollouts = data.next_rollouts()
+    rounds = [ids for _, ids, _ in data.draws]
+    assert [len(ids) for ids in rounds] == [4, 2, 1]  # half of each round is replaced
+    ids = sum(rounds, [])
+    assert len(set(ids)) == len(ids) == len(rollouts.prompts)
+    assert [prompt.id for prompt in rollouts.prompts] == ids
+    assert torch.bincount(rollouts.group_ids).tolist() == [4] * 7
+    assert data.row["rounds"] == 3
+    assert data.next_prompt == 4  # the others are not taken from the epoch's order
+
+
+def test_dynamic_sampling_stops_after_its_rounds_and_keeps_what_it_drew():
+    data = make(Dynamic(max_rounds=2))  # no group ever has contrast
+    begin_epoch(data, [4] * 16)
+    assert len(data.next_rollouts()) == 16 + 16
+    assert len(data.draws) == 2
+
+
+def test_dynamic_sampling_draws_the_same_again_from_the_same_seed():
+    draws = []
+    for seed in (0, 0, 1):
+        data = make(Dynamic(max_rounds=3), seed=seed)
+        begin_epoch(data, [4] * 16)
+        data.next_rollouts()
+        draws.append(data.draws)
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_replay_has_no_use_for_a_sampler(tmp_path):
+    with pytest.raises(UserError, match="sampler=uniform"):
+        make(GVM(), replay=str(tmp_path))
+    with pytest.raises(UserError, match=f"replay={tmp_path} is neither"):
+        make(replay=str(tmp_path))
+
+
+def test_validation_prompts_that_are_trained_on_are_named(caplog):
+    data = make()
+    data.train_prompts = []
+    data.source.load = lambda split: ArithmeticPrompts(num_train=50).load("train")
+    data.setup("fit")
+    assert "50 of 50 validation prompts are also trained on" in caplog.text

@@ -1,0 +1,67 @@
+"""Every algorithm as its YAML has it, on a tiny random policy and recorded rollouts."""
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import hydra
+import torch
+from omegaconf import OmegaConf
+
+from rlzoo.algos import PolicyAlgorithm
+from rlzoo.configuration import conf_dir
+from rlzoo.types import RolloutBatch, Rollouts
+from tests.conftest import make_tiny_model
+
+SHARED_FILES = ("shared", "clipped", "sft")  # no policy-gradient algorithm of their own
+NAMES = sorted(p.stem for p in (conf_dir() / "algo").glob("*.yaml") if p.stem not in SHARED_FILES)
+
+
+@functools.cache
+def options_of(name: str) -> dict:
+    """The numbers of conf/algo/NAME.yaml, factories left out."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        config = hydra.compose("train", overrides=[f"algo={name}", "run_dir=unused"])
+    algo = OmegaConf.to_container(config.algo, resolve=True)
+    return {k: v for k, v in algo.items() if k not in ("policy", "optimizer", "scheduler")}
+
+
+def build(
+    name: str, policy: Callable[[], torch.nn.Module] = make_tiny_model, **changes: object
+) -> PolicyAlgorithm:
+    """The algorithm of conf/algo/NAME.yaml with SGD at lr 1, one update, and these changes."""
+    options = options_of(name) | {"max_response_tokens": 12, "updates": 1, "passes": 1} | changes
+    kind = hydra.utils.get_class(options.pop("_target_"))
+    algo = kind(policy=policy, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), **options)
+    algo.configure_model()
+    return algo
+
+
+def prepared(
+    algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1
+) -> list[RolloutBatch]:
+    """The microbatches of a rollout step, always scored by the algorithm's own models."""
+    algo.trainer = SimpleNamespace(world_size=1, global_rank=0, accumulate_grad_batches=accumulate)
+    algo.must_score_old = lambda first: True
+    rollouts.scores.clear()
+    return algo.prepare(rollouts)
+
+
+def gradient(
+    algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1, drift: float = 0.3
+) -> torch.Tensor:
+    """Gradient of one optimizer step over microbatches, all parameters in one vector.
+
+    Args:
+        drift: how far old log-probs are moved off the policy, by a smooth function of themselves,
+            so that ratios and clips act, alike however the step is split.
+    """
+    algo.zero_grad()
+    for batch in prepared(algo, rollouts, accumulate):
+        moved = batch.old_logprobs + drift * torch.sin(7 * batch.old_logprobs)
+        batch.old_logprobs = torch.where(batch.response_mask, moved, 0.0)
+        loss = algo.total_loss(algo.forward_scores(batch), batch).loss_sum
+        (loss / max(batch.divisor, 1e-9)).backward()
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in algo.parameters()]
+    )
