@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,20 @@ from rlzoo.algos import GRPO, RAFT, PolicyAlgorithm, ReinforceRej
 from rlzoo.errors import UserError
 from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import AGGREGATIONS
-from rlzoo.types import Rollouts
-from tests.recorded import algorithm, prepared, recorded_rollouts
+from rlzoo.types import RolloutBatch, Rollouts
+from tests.conftest import make_tiny_model
+from tests.recorded import recorded_rollouts
+
+
+def algorithm(kind: type[PolicyAlgorithm] = GRPO, **options: object) -> PolicyAlgorithm:
+    made = kind(
+        policy=make_tiny_model,
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        max_response_tokens=9,
+        **options,
+    )
+    made.configure_model()
+    return made
 
 
 def gradient(
@@ -127,6 +140,15 @@ def test_every_update_gets_the_same_number_of_rollouts():
     assert len(batches) == 8 and [b.last for b in batches] == [False] * 7 + [True]
     rows = [int(b.response_mask.any(1).sum()) for b in batches]
     assert [rows[i] + rows[i + 1] for i in range(0, 8, 2)] == [3, 3, 3, 3]
+
+
+def prepared(
+    algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1
+) -> list[RolloutBatch]:
+    algo.trainer = SimpleNamespace(
+        world_size=1, global_rank=0, accumulate_grad_batches=accumulate
+    )
+    return algo.prepare(rollouts)
 
 
 def test_a_gap_between_engine_and_trainer_over_the_limit_stops_the_first_step_alone():

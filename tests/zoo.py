@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from rlzoo.algos import PolicyAlgorithm
 from rlzoo.configuration import conf_dir
+from rlzoo.distributed import world
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.conftest import make_tiny_model
 
@@ -37,11 +38,12 @@ def build(
     return algo
 
 
-def prepared(
-    algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1
-) -> list[RolloutBatch]:
-    """The microbatches of a rollout step, always scored by the algorithm's own models."""
-    algo.trainer = SimpleNamespace(world_size=1, global_rank=0, accumulate_grad_batches=accumulate)
+def prepared(algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1) -> list[RolloutBatch]:
+    """This rank's microbatches of a rollout step, always scored by the algorithm's own models."""
+    rank, world_size = world()
+    algo.trainer = SimpleNamespace(
+        world_size=world_size, global_rank=rank, accumulate_grad_batches=accumulate
+    )
     algo.must_score_old = lambda first: True
     rollouts.scores.clear()
     return algo.prepare(rollouts)
@@ -50,7 +52,7 @@ def prepared(
 def gradient(
     algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1, drift: float = 0.3
 ) -> torch.Tensor:
-    """Gradient of one optimizer step over microbatches, all parameters in one vector.
+    """This rank's gradient of one optimizer step, all parameters in one vector.
 
     Args:
         drift: how far old log-probs are moved off the policy, by a smooth function of themselves,
@@ -60,8 +62,7 @@ def gradient(
     for batch in prepared(algo, rollouts, accumulate):
         moved = batch.old_logprobs + drift * torch.sin(7 * batch.old_logprobs)
         batch.old_logprobs = torch.where(batch.response_mask, moved, 0.0)
-        loss = algo.total_loss(algo.forward_scores(batch), batch).loss_sum
-        (loss / max(batch.divisor, 1e-9)).backward()
+        (algo.training_step(batch, 0) / accumulate).backward()  # as Lightning has it
     return torch.cat(
         [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in algo.parameters()]
     )
