@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,12 +33,12 @@ SMALL = (
 )
 
 
-def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
+def start(run_dir: Path, *overrides: str, cwd: Path = ROOT) -> subprocess.Popen:
     command = [sys.executable, "-m", "rlzoo.run", f"run_dir={run_dir}", *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -150,6 +152,23 @@ def test_every_kind_of_algorithm_trains_with_uniform_budgets(algo, tmp_path):
     summary = summary_of(tmp_path / algo)
     assert summary["responses"] == 64 and summary["updates"] > 0
     assert summary["pilot_share"] == 0
+
+
+def test_the_algorithm_that_the_readme_writes_outside_the_repository_trains(tmp_path):
+    section = (ROOT / "README.md").read_text().split("## Write an algorithm")[1].split("\n## ")[0]
+    blocks = dict(re.findall(r"```(\w+)\n(.*?)```", section, flags=re.DOTALL))
+    lines = 0
+    for language in ("python", "yaml"):
+        path = tmp_path / blocks[language].splitlines()[0].removeprefix("# ")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(blocks[language])
+        lines += len(blocks[language].splitlines())
+    command = blocks["bash"].strip()
+    assert lines + len(command.splitlines()) <= 40
+    overrides = shlex.split(command.removeprefix("python -m rlzoo.run"))
+    finish(start(tmp_path / "run", *overrides, *UNIFORM, "limits.max_responses=64", cwd=tmp_path))
+    assert summary_of(tmp_path / "run")["updates"] > 0
+    assert "_target_: mine.rank_grpo.RankGRPO" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_dynamic_sampling_pays_for_what_it_throws_away(tmp_path):
