@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlzoo.advantages import group_advantages, group_stats, split_groups
+from rlzoo.advantages import generalized_advantages, group_advantages, group_stats, split_groups
 from rlzoo.selection import correct, mixed_groups
 
 
@@ -95,3 +95,15 @@ def test_mixed_groups_keeps_whole_groups_that_hold_right_and_wrong():
     rewards = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0])
     ids = torch.tensor([0, 0, 1, 1, 2, 2, 3])
     assert mixed_groups(rewards, ids).tolist() == [True, True] + [False] * 5
+
+
+def test_values_of_padding_change_no_credit():
+    rewards = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.5]])
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    values = torch.tensor([[0.3, 0.4, 9.0, -9.0], [0.1, 0.2, 0.3, 0.4]])
+    found = generalized_advantages(rewards, values, mask, gamma=0.9, lam=0.5)
+    last, first = 1 - 0.4, 0.9 * 0.4 - 0.3
+    assert found.advantages[0].tolist() == pytest.approx([first + 0.45 * last, last, 0, 0])
+    assert found.returns[0].tolist() == pytest.approx([first + 0.45 * last + 0.3, 1, 0, 0])
+    alone = generalized_advantages(rewards[1:], values[1:], mask[1:], gamma=0.9, lam=0.5)
+    torch.testing.assert_close(found.advantages[1:], alone.advantages)
