@@ -1,7 +1,11 @@
-"""How far a finished run's policy has moved: entropy, and KL to the policy it started from."""
+"""How far a run's policy has moved: entropy, and KL to the policy it started from.
+
+The KL is estimated by the mean log-ratio of the policy's own sampled tokens (k1), nats a token.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +13,7 @@ import transformers
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from rlzoo.data.rollout_files import read_rollouts
 from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.logprobs import response_scores
@@ -22,11 +27,7 @@ NUM_PROMPTS = 256
 
 @torch.no_grad()
 def entropy_and_kl_to_start(run_dir: Path) -> dict[str, float]:
-    """Token means, nats, over one response of the final policy to each of 256 validation prompts.
-
-    The KL is estimated by the mean log-ratio of the sampled tokens (k1), on the policy's own
-    responses.
-    """
+    """Token means, nats, over one response of the final policy to each of 256 validation prompts."""
     transformers.utils.logging.disable_progress_bar()
     config = OmegaConf.load(run_dir / "config.yaml")
     tokenizer = load_tokenizer(config.model.path)
@@ -62,3 +63,21 @@ def entropy_and_kl_to_start(run_dir: Path) -> dict[str, float]:
     mask = batch.response_mask
     kl = (now.logprobs - then.logprobs)[mask].mean()
     return {"entropy": float(now.entropy[mask].mean()), "kl_to_start": float(kl)}
+
+
+@torch.no_grad()
+def drift_along(run_dir: Path, steps: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Entropy and KL to the start after some rollout steps, from the training rollouts drawn next:
+    all of them, whichever an algorithm trains on. The entropy is the mean of -log pi."""
+    config = OmegaConf.load(run_dir / "config.yaml")
+    start = load_policy(config.model.path, init_from=config.init_from).eval()
+    pad, temperature = load_tokenizer(config.model.path).pad_token_id, config.datamodule.temperature
+    found = {}
+    for step in steps:
+        rollouts = read_rollouts(run_dir / "rollouts" / f"step_{step:06d}.parquet", step)
+        plan = Plan(list(range(len(rollouts))), torch.ones(len(rollouts)), 1.0)
+        batch = collate(rollouts, plan, pad)
+        then = response_scores(start, batch, temperature).logprobs[batch.response_mask]
+        now = batch.sampler_logprobs[batch.response_mask]
+        found[str(step)] = {"entropy": float(-now.mean()), "kl": float((now - then).mean())}
+    return found

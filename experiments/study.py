@@ -2,8 +2,8 @@
 
     python experiments/study.py experiments/NAME [--seeds 3] [--jobs 2] [--runs outputs/NAME]
 
-`experiments/NAME/variants.yaml` names the variants, each a list of overrides, and the overrides
-common to all. Every run is a process of its own with one thread; runs that are already there are
+`experiments/NAME/variants.yaml` names the variants, each a list of overrides, the overrides common
+to all, and what a variant is called in the tables (`label`; "variant" if not given). Every run is a process of its own with one thread; runs that are already there are
 not run again, interrupted ones are resumed. Written beside the variants: `results.csv` (a row per
 run), `curves.csv` (a row per validation), `table.md` (a row per variant) and `figure.png`.
 """
@@ -28,13 +28,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from drift import entropy_and_kl_to_start  # noqa: E402
+from drift import drift_along, entropy_and_kl_to_start  # noqa: E402
 
 Job = tuple[str, int]  # variant, seed
 SPENT = ("responses", "tokens", "updates", "seconds", "planning_share", "pilot_share")
 # 97.5% points of Student's t by degrees of freedom, and of the normal distribution beyond.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 1.960]
-CURVE = ("rollout_step", "responses", "tokens", "updates", "time/seconds", "entropy")
+CURVE = ("rollout_step", "responses", "tokens", "updates", "time/seconds")
 CURVE += ("val/avg_at_8", "val/pass_at_8")
 
 
@@ -54,6 +54,10 @@ def run(run_dir: Path, overrides: list[str], seed: int) -> Path | None:
     drift = run_dir / "drift.json"
     if not drift.exists():
         drift.write_text(json.dumps(entropy_and_kl_to_start(run_dir)))
+    along = run_dir / "along.json"
+    if not along.exists():
+        steps = [int(point["rollout_step"]) for point in curve(run_dir)[:-1]]
+        along.write_text(json.dumps(drift_along(run_dir, steps)))
     print(f"{run_dir.name} is done", flush=True)
     return run_dir
 
@@ -61,6 +65,19 @@ def run(run_dir: Path, overrides: list[str], seed: int) -> Path | None:
 def curve(run_dir: Path) -> list[dict[str, str]]:
     with open(run_dir / "metrics.csv", newline="") as file:
         return [row for row in csv.DictReader(file) if row.get("val/avg_at_8")]
+
+
+def points(job: Job, run_dir: Path) -> list[dict[str, object]]:
+    """Rows of curves.csv; entropy and KL to the start are of `drift`."""
+    along = json.loads((run_dir / "along.json").read_text())
+    rows = []
+    for point in curve(run_dir):
+        row: dict[str, object] = {"variant": job[0], "seed": job[1]}
+        row |= {name.rpartition("/")[2]: point.get(name, "") for name in CURVE}
+        rows.append(row | along.get(point["rollout_step"], {}))
+    final = json.loads((run_dir / "drift.json").read_text())
+    rows[-1] |= {"entropy": final["entropy"], "kl": final["kl_to_start"]}
+    return rows
 
 
 def result(job: Job, run_dir: Path) -> dict[str, object]:
@@ -73,11 +90,13 @@ def result(job: Job, run_dir: Path) -> dict[str, object]:
     return row | json.loads((run_dir / "drift.json").read_text())
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
+def write_csv(path: Path, rows: list[dict], label: str) -> None:
+    """`label` is what the column of variants is called."""
+    names = list(rows[0])
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(file)
+        writer.writerow([label if name == "variant" else name for name in names])
+        writer.writerows([row[name] for name in names] for row in rows)
 
 
 def interval(values: list[float]) -> str:
@@ -156,13 +175,10 @@ def main() -> None:
     by_variant = [(variant, seed) for variant in study["variants"] for seed in range(args.seeds)]
     runs = {job: done[job] for job in by_variant}
     rows = [result(job, run_dir) for job, run_dir in runs.items()]
-    write_csv(args.folder / "results.csv", rows)
-    points = [
-        {"variant": v, "seed": s} | {name: point.get(name, "") for name in CURVE}
-        for (v, s), run_dir in runs.items()
-        for point in curve(run_dir)
-    ]
-    write_csv(args.folder / "curves.csv", points)
+    label = study.get("label", "variant")
+    write_csv(args.folder / "results.csv", rows, label)
+    every = [point for job, run_dir in runs.items() for point in points(job, run_dir)]
+    write_csv(args.folder / "curves.csv", every, label)
     (args.folder / "table.md").write_text(table(rows))
     draw(runs, args.folder / "figure.png", study["title"])
     print(table(rows))

@@ -227,3 +227,20 @@ def test_on_the_policy_these_have_one_gradient(pair):
         rollouts.sampler_logprobs = [s[:1] for s in rollouts.sampler_logprobs]
         ours, theirs = (gradient(build(name, **same), rollouts, drift=0.0) for name in pair)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_entropy_bonus_has_the_gradient_of_the_mean_entropy():
+    rollouts = step([1.0, 1.0], [0.0, 0.0, 0.0])  # GRPO's own gradient is 0
+    algo = build("grpo", entropy_coef=0.5, temperature=0.7)
+    found = gradient(algo, rollouts)
+    algo.zero_grad()
+    total = 0.0
+    for group, response in zip(rollouts.group_ids.tolist(), rollouts.responses, strict=True):
+        prompt = torch.tensor(rollouts.prompts[group].token_ids)
+        logits = algo.policy(torch.cat([prompt, response])[None]).logits[0] / 0.7
+        logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        total = total - (logprobs.exp() * logprobs).sum()
+    (-0.5 * total / rollouts.lengths.sum()).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in algo.parameters()])
+    assert expected.norm() > 1e-3
+    assert (found - expected).norm() / expected.norm() < 1e-4

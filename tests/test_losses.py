@@ -80,11 +80,12 @@ def test_raft_and_raft_pp_have_the_same_gradient_at_ratio_one():
     torch.testing.assert_close(torch.autograd.grad(plain, step["logprobs"])[0], clipped)
 
 
-def test_a_token_of_weight_zero_cannot_make_a_loss_that_is_not_finite():
+@pytest.mark.parametrize("worst", [-math.inf, math.nan])
+def test_a_token_of_weight_zero_cannot_make_a_loss_that_is_not_finite(worst):
     step = random_step()
     off = step["weights"] == 0
     assert off.any()
-    step["old_logprobs"] = torch.where(off, -torch.inf, step["old_logprobs"])
+    step["old_logprobs"] = torch.where(off, worst, step["old_logprobs"])
     loss = clipped_surrogate_loss(**step).loss_sum
     (grad,) = torch.autograd.grad(loss, step["logprobs"])
     assert loss.isfinite() and grad.isfinite().all()

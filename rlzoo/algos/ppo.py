@@ -87,7 +87,7 @@ class PPO(ClippedPolicyAlgorithm):
         scores = response_scores(
             self.policy, batch, self.temperature, hidden, entropy_gradient=self.entropy_gradient
         )
-        values = self.critic(batch, hidden.detach() if self.warming_up else hidden)
+        values = self.critic(batch, hidden)
         return scores._asdict() | {"values": spread(values, batch.response_mask)}
 
     def score_batch(self, batch: RolloutBatch, old: bool) -> dict[str, Tensor]:
