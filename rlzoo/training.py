@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hydra.utils import instantiate
 from lightning import Callback
 from omegaconf import DictConfig
 
+from rlzoo.callbacks.doctor import Diagnosed
 from rlzoo.errors import UserError
 from rlzoo.ledger import Limits
 from rlzoo.models.policy import eos_token_ids, load_tokenizer
@@ -45,6 +47,9 @@ def train(cfg: DictConfig) -> None:
     try:
         data.ledger.start()
         trainer.fit(parts["algo"], datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except Diagnosed:
+        bars.print_line("doctor=true: nothing was trained.")
+        return
     finally:
         data.teardown("fit")
     if rank_zero():
@@ -107,6 +112,8 @@ def set_up_process(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.num_threads)
     if cfg.seed < 0:
         raise UserError(f"seed must be at least 0, got {cfg.seed}.")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns wherever it is imported
     keep_freed_memory()
     lightning.seed_everything(cfg.seed, verbose=False)
 

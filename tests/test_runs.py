@@ -33,8 +33,13 @@ SMALL = (
 )
 
 
-def start(run_dir: Path, *overrides: str, cwd: Path = ROOT) -> subprocess.Popen:
-    command = [sys.executable, "-m", "rlzoo.run", f"run_dir={run_dir}", *overrides]
+def start(
+    run_dir: Path,
+    *overrides: str,
+    cwd: Path = ROOT,
+    program: tuple[str, ...] = ("-m", "rlzoo.run"),
+) -> subprocess.Popen:
+    command = [sys.executable, *program, f"run_dir={run_dir}", *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlzoo.algos.optimization import OptimizationModule
 from rlzoo.distributed import all_gather, world
+from rlzoo.doctor import gap_figures, likely_cause
 from rlzoo.errors import UserError, check_at_least
 from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import Plan, collate
@@ -55,7 +56,7 @@ class ScoringModule(OptimizationModule):
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.max_logprob_gap, self.pad_token_id = max_logprob_gap, pad_token_id
         self.entropy_gradient = False  # True where the loss has an entropy term
-        self._gap_sums = [0.0, 0.0, 0.0]  # tokens, sum and largest of the rollout step's gaps
+        self._gaps: list[Tensor] = []  # |trainer - engine| of the rollout step's tokens, nats
         self._reference: list[nn.Module] = []  # in a list: not among the module's parameters
 
     # --- one microbatch ---------------------------------------------------------------------
@@ -107,7 +108,7 @@ class ScoringModule(OptimizationModule):
             indices: the rollouts to score.
             old: whether the weights that sampled score too, not the reference alone.
         """
-        self._gap_sums = [0.0, 0.0, 0.0]
+        self._gaps = []
         if not old and not self._reference:
             return
         rank, world_size = world()
@@ -145,17 +146,12 @@ class ScoringModule(OptimizationModule):
 
     def note_gap(self, logprobs: Tensor, sampler_logprobs: Tensor) -> None:
         """Adds |trainer - engine| log-probs of the same tokens and weights to the step's."""
-        gap = (logprobs - sampler_logprobs).abs()
-        if gap.numel():
-            tokens, total, largest = self._gap_sums
-            largest = max(largest, float(gap.max()))
-            self._gap_sums = [tokens + gap.numel(), total + float(gap.double().sum()), largest]
+        self._gaps.append((logprobs - sampler_logprobs).abs().float().cpu())
 
     @property
     def gap(self) -> dict[str, float]:
-        """Sampler against trainer log-probs of the rollout step so far, nats a token."""
-        tokens, total, largest = self._gap_sums
-        return {"logprob_gap/mean": total / tokens, "logprob_gap/max": largest} if tokens else {}
+        """`rlzoo.doctor.gap_figures` of the rollout step so far."""
+        return gap_figures(torch.cat(self._gaps)) if self._gaps else {}
 
     def check_gap(self) -> None:
         mean_gap = self.gap.get("logprob_gap/mean", 0.0)
@@ -163,8 +159,7 @@ class ScoringModule(OptimizationModule):
             raise UserError(
                 f"The engine's log-probs differ from the trainer's by {mean_gap:.3g} nats a token"
                 f" on average (algo.max_logprob_gap={self.max_logprob_gap}): the policy would be"
-                " trained on another model's rollouts. Likely causes: a failed weight sync, another"
-                " temperature or top-p in the engine, another dtype, another tokenizer."
+                f" trained on another model's rollouts. Likely cause: {likely_cause(self._gaps)}."
             )
 
     # --- models -----------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 from rlzoo.callbacks.checkpoint import Checkpoint
+from rlzoo.callbacks.doctor import Doctor
 from rlzoo.callbacks.export import Export
 from rlzoo.callbacks.gvm import GVM
 from rlzoo.callbacks.replan import Replan
@@ -11,6 +12,7 @@ from rlzoo.callbacks.weight_sync import WeightSync
 __all__ = [
     "GVM",
     "Checkpoint",
+    "Doctor",
     "Export",
     "Replan",
     "RolloutLog",

@@ -18,7 +18,7 @@ from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import read_rollouts, rollout_files
 from rlzoo.data.rollout_loader import RolloutLoader
 from rlzoo.engines.base import Engine, SamplingParams
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, check_at_least
 from rlzoo.ledger import Limits
 from rlzoo.progress import Bars
 from rlzoo.rewards.verifier import MathReward
@@ -50,6 +50,9 @@ class RolloutDataModule(RunDataModule):
         max_prompt_tokens, max_response_tokens: limits.
         on_too_long: "error" or "drop" for longer prompts.
         temperature: of sampling.
+        top_p, top_k: truncate the distribution that is sampled from; 1 and 0 do not.
+        allow_truncated_sampling: must be true for them: the trainer's log-probs are those of the
+            whole distribution, so that ratios and gradients are biased.
         val_responses: responses per validation prompt, the k of avg@k.
         replay: a file or folder of recorded rollouts that are trained on instead of drawing.
 
@@ -75,6 +78,9 @@ class RolloutDataModule(RunDataModule):
         max_response_tokens: int = 128,
         on_too_long: str = "error",
         temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        allow_truncated_sampling: bool = False,
         val_responses: int = 8,
         replay: str | None = None,
     ) -> None:
@@ -105,7 +111,8 @@ class RolloutDataModule(RunDataModule):
         self.total_budget, self.steps_per_epoch = total, total // responses_per_step
         self.max_prompt_tokens, self.on_too_long = max_prompt_tokens, on_too_long
         self.val_responses = val_responses
-        params = SamplingParams(temperature, max_response_tokens)
+        check_truncation(top_p, top_k, allow_truncated_sampling)
+        params = SamplingParams(temperature, max_response_tokens, top_p, top_k)
         self.drawer = Drawer(engine, reward, tokenizer, params, self.ledger, bars, seed)
         if replay is not None and not isinstance(allocator, Uniform):
             raise UserError(
@@ -192,6 +199,7 @@ class RolloutDataModule(RunDataModule):
             self.rollouts = self.replayed()
         else:
             self.rollouts = self.drawn_in_rounds(prompts, budgets)
+            self.engine.sleep()  # until the next weight sync
         self.rollout_step += 1
         if self.rollout_step % self.steps_per_epoch == 0:
             self.epoch, self.budgets = self.epoch + 1, None
@@ -274,3 +282,18 @@ class RolloutDataModule(RunDataModule):
         self.allocator.load_state_dict(state["allocator"])
         self.engine.load_state_dict(state["engine"])
         self.ledger.load_state_dict(state["ledger"])
+
+
+def check_truncation(top_p: float, top_k: int, allowed: bool) -> None:
+    """Raises a UserError for values out of range, and for truncation that was not asked for twice."""
+    if not 0 < top_p <= 1:
+        raise UserError(f"datamodule.top_p must be in (0, 1], got {top_p}; 1 keeps every token.")
+    check_at_least("datamodule.top_k", top_k, 0)
+    if (top_p < 1 or top_k > 0) and not allowed:
+        raise UserError(
+            f"datamodule.top_p={top_p} with top_k={top_k} trains on samples of another distribution"
+            " than the one whose log-probs the loss takes. Leave them at 1 and 0, or insist with"
+            " datamodule.allow_truncated_sampling=true."
+        )
+    if top_p < 1 or top_k > 0:
+        log.warning("Truncated sampling: ratios and gradients are of the whole distribution.")

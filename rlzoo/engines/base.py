@@ -30,6 +30,8 @@ class Response(NamedTuple):
 class SamplingParams(NamedTuple):
     temperature: float = 1.0  # 0 is greedy
     max_response_tokens: int = 128
+    top_p: float = 1.0  # tokens of the likeliest mass; 1 keeps all
+    top_k: int = 0  # likeliest tokens; 0 keeps all
 
 
 class Engine(Protocol):
@@ -40,6 +42,7 @@ class Engine(Protocol):
     """
 
     version: int  # policy version of the weights held; -1 before the first load
+    dtype: str  # what it computes in: float32, bfloat16, float16
 
     def generate(
         self,
@@ -52,13 +55,20 @@ class Engine(Protocol):
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None: ...
 
-    def checksum(self) -> int:
-        """`weights_checksum` of the weights held; equals the trainer's after a sync."""
+    def checksum(self) -> int | None:
+        """`weights_checksum` of the weights held; equals the trainer's after a sync. None where
+        they cannot be read back."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Log-probs at temperature 1, in nats, of every token but the first of each sequence;
+        asked for where there is no checksum."""
 
     def sleep(self) -> None:
-        """Gives back the device's memory between rollouts, where there is any to give."""
+        """Gives back the device's memory between rollouts, where there is any to give; the next
+        `load_weights` takes it again."""
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Starts what has to be started; called before every `load_weights`."""
 
     def state_dict(self) -> dict: ...
 

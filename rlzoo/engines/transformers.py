@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version, weights_checksum
 from rlzoo.engines.kv_cache import SlabCache
+from rlzoo.engines.probe import trainer_scores
 from rlzoo.errors import UserError
 from rlzoo.rng import uniforms
 from rlzoo.types import PolicyFactory
@@ -66,6 +67,7 @@ class TransformersEngine:
         self.device, self.max_rows, self.pad_token_id = torch.device(device), max_rows, pad_token_id
         self.model = policy().to(self.device).eval().requires_grad_(False)
         self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
+        self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         self.version = -1
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -78,6 +80,9 @@ class TransformersEngine:
 
     def checksum(self) -> int:
         return weights_checksum(self.model.named_parameters())
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        return trainer_scores(self.model, sequences, self.device)
 
     def sleep(self) -> None:
         if self.device.type != "cpu":
@@ -165,7 +170,7 @@ class TransformersEngine:
         position = mask.sum(-1)  # [R] of the next token
         alive = torch.arange(num, device=device)  # rows still in the cache
         for step in range(limit):
-            token, logprob, tie = draw(logits, rows.noise[alive, step], params.temperature)
+            token, logprob, tie = draw(logits, rows.noise[alive, step], params)
             going = rows.lengths[alive] == 0
             rows.tokens[alive, step], rows.logprobs[alive, step] = token, logprob
             rows.near_ties[alive] += tie & going
@@ -185,20 +190,21 @@ class TransformersEngine:
         return rows
 
 
-def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def draw(logits: Tensor, noise: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
     """One token per row by inverse CDF, or the likeliest one at temperature 0.
 
     Args:
         logits: [R, V] float32.
         noise: [R] float64 uniforms in [0, 1).
-        temperature: logits are divided by it; 0 is greedy, with log-probs at temperature 1.
+        params: logits are divided by the temperature, then tokens outside of top-k and top-p are
+            left out; temperature 0 is greedy, with log-probs at temperature 1.
 
     Returns:
         tokens [R] int64, log-probs [R] float32, near ties [R] bool: whether the uniform lies
         within NEAR_TIE of a step of the cumulative distribution.
     """
-    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
+    logprobs = truncated(logits / (params.temperature or 1.0), params).log_softmax(-1)
+    if params.temperature == 0:
         top = logits.topk(2, dim=-1)
         token = top.indices[:, 0]
         tie = top.values[:, 0] - top.values[:, 1] < NEAR_TIE
@@ -211,6 +217,19 @@ def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Ten
         tie = ((above < NEAR_TIE) & (token < cdf.shape[1] - 1)[:, None])[:, 0]
         tie |= ((below < NEAR_TIE) & (token > 0)[:, None])[:, 0]
     return token, logprobs.gather(1, token[:, None])[:, 0], tie
+
+
+def truncated(logits: Tensor, params: SamplingParams) -> Tensor:
+    """[R, V] logits, -inf for tokens outside of the top k and of the top p."""
+    if not 0 < params.top_k < logits.shape[-1] and params.top_p >= 1:
+        return logits
+    ordered, order = logits.sort(-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
+    out = before >= params.top_p
+    if params.top_k:
+        out[:, params.top_k :] = True
+    out[:, 0] = False
+    return logits.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
 
 
 def _response(rows: Rows, index: int, stop_ids: Tensor) -> Response:

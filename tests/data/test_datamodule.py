@@ -117,6 +117,14 @@ def test_sizes_that_do_not_divide_are_refused():
         make(responses_per_step=24)
 
 
+@pytest.mark.parametrize("truncation", [{"top_p": 0.9}, {"top_k": 20}])
+def test_truncated_sampling_has_to_be_asked_for_twice(truncation):
+    with pytest.raises(UserError, match="allow_truncated_sampling=true"):
+        make(**truncation)
+    data = make(**truncation, allow_truncated_sampling=True)
+    assert data.drawer.params._asdict().items() >= truncation.items()
+
+
 def test_more_prompts_an_epoch_than_there_are_is_refused():
     with pytest.raises(UserError, match="prompts_per_epoch=64, but the data has only 50"):
         make(prompts_per_epoch=64)

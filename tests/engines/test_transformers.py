@@ -104,7 +104,7 @@ def test_a_sync_that_leaves_weights_out_is_refused():
 def test_inverse_cdf_draws_follow_the_softmax():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]])
     noise = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    tokens, logprobs, _ = draw(logits.expand(10_000, 4), noise, temperature=2.0)
+    tokens, logprobs, _ = draw(logits.expand(10_000, 4), noise, SamplingParams(2.0))
     expected = (logits[0] / 2).softmax(-1)
     torch.testing.assert_close(tokens.bincount() / 10_000, expected, atol=2e-4, rtol=0)
     torch.testing.assert_close(logprobs, expected.log()[tokens])
@@ -113,4 +113,21 @@ def test_inverse_cdf_draws_follow_the_softmax():
 def test_a_uniform_at_a_step_of_the_cdf_is_counted_as_a_near_tie():
     logits = torch.zeros(3, 4)
     noise = torch.tensor([0.5 + 5e-6, 0.5 + 5e-5, 1e-9], dtype=torch.float64)
-    assert draw(logits, noise, 1.0)[2].tolist() == [True, False, False]
+    assert draw(logits, noise, SamplingParams())[2].tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "truncation, kept", [({"top_k": 2}, [0, 2]), ({"top_p": 0.6}, [0, 2]), ({"top_p": 0.5}, [0])]
+)
+def test_truncated_sampling_draws_from_the_likeliest_tokens_and_says_their_log_probs(
+    truncation, kept
+):
+    probs = torch.tensor([0.5, 0.1, 0.3, 0.1])
+    noise = torch.linspace(0, 1 - 1e-6, 2000, dtype=torch.float64)
+    params = SamplingParams(**truncation)
+    tokens, logprobs, _ = draw(probs.log().expand(2000, 4), noise, params)
+    assert tokens.unique().tolist() == kept
+    for token in kept:
+        expected = probs[token] / probs[kept].sum()
+        assert (tokens == token).float().mean() == pytest.approx(float(expected), abs=1e-3)
+        torch.testing.assert_close(logprobs[tokens == token][0].exp(), expected)

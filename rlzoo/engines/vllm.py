@@ -1,0 +1,343 @@
+"""`engine=vllm`: a vLLM engine inside each training process, fed new weights in memory.
+
+One response is one vLLM request with its own seed, so that its noise follows its prompt and index;
+the prompt of a group is prefilled once, through prefix caching. vLLM is imported when the engine
+starts, at the first weight sync: by then Lightning has set up its processes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from rlzoo.engines.base import Request, Response, SamplingParams, check_version
+from rlzoo.engines.isolation import isolated
+from rlzoo.engines.shapes import checked_weights, expected_shapes
+from rlzoo.errors import UserError, check_at_least, check_choice
+from rlzoo.models.policy import model_directory
+
+GIB = 2**30
+NOT_INSTALLED = (
+    "engine=vllm needs vLLM, which is not installed. Install rlzoo[vllm] on a machine with CUDA,"
+    " requirements/cpu.txt (make venv) on one without, or take engine=transformers."
+)
+
+
+class VLLMEngine:
+    """Draws responses with vLLM in the trainer's own process.
+
+    Args:
+        path: model directory or hub name; only its configuration is read.
+        eos_token_ids: any of them ends a response.
+        pad_token_id: taken for the protocol's sake; vLLM pads nothing.
+        max_prompt_tokens, max_response_tokens: their sum is the longest sequence.
+        dtype: "auto" is float32 on a CPU and bfloat16 on a GPU.
+        kv_cache_gb: GiB of key-value cache; null on CUDA fills `gpu_memory_share`.
+        gpu_memory_share: of the GPU, for weights and cache together, in (0, 1]. CUDA alone.
+        max_num_seqs: responses decoded at once.
+        tensor_parallel: GPUs that hold one engine together, consecutive ranks of one node.
+        sleep_level: what is given back while the policy trains: 0 nothing, 1 the cache (weights
+            wait in host memory), 2 the cache and the weights. CUDA alone.
+        enforce_eager: true runs without CUDA graphs; a CPU always does.
+        kv_cache_dtype: "auto" is that of the weights.
+        chunked_prefill: splits long prompts over decoding steps. CUDA alone.
+        trust_remote_code: runs code that a hub model brings along.
+        log_file: where vLLM's banners and warnings go.
+        options: further arguments of vllm.LLM, by name.
+
+    Raises:
+        UserError: a value out of range, or a model too short for the longest sequence.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int = 0,
+        *,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        dtype: str = "auto",
+        kv_cache_gb: float | None = None,
+        gpu_memory_share: float = 0.4,
+        max_num_seqs: int = 256,
+        tensor_parallel: int = 1,
+        sleep_level: int = 2,
+        enforce_eager: bool = False,
+        kv_cache_dtype: str = "auto",
+        chunked_prefill: bool = True,
+        trust_remote_code: bool = False,
+        log_file: str = "vllm.log",
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        check_choice("engine.dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+        check_choice("engine.sleep_level", sleep_level, (0, 1, 2))
+        for key, value in {"max_num_seqs": max_num_seqs, "tensor_parallel": tensor_parallel}.items():
+            check_at_least(f"engine.{key}", value, 1)
+        if not 0 < gpu_memory_share <= 1:
+            raise UserError(f"engine.gpu_memory_share must be in (0, 1], got {gpu_memory_share}.")
+        if kv_cache_gb is not None and kv_cache_gb <= 0:
+            raise UserError(f"engine.kv_cache_gb must be above 0 or null, got {kv_cache_gb}.")
+        self.path = model_directory(path)
+        self.max_model_len = max_prompt_tokens + max_response_tokens
+        config = AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and self.max_model_len > longest:
+            raise UserError(
+                f"datamodule.max_prompt_tokens={max_prompt_tokens} plus"
+                f" datamodule.max_response_tokens={max_response_tokens} is {self.max_model_len},"
+                f" but {path} takes sequences of at most {longest} tokens. Lower one of the two."
+            )
+        self.trust_remote_code = trust_remote_code
+        self.eos_token_ids = sorted(eos_token_ids)
+        self.cuda = torch.cuda.is_available()
+        self.dtype = dtype if dtype != "auto" else "bfloat16" if self.cuda else "float32"
+        self.kv_cache_gb, self.gpu_memory_share = kv_cache_gb, gpu_memory_share
+        self.max_num_seqs, self.tensor_parallel = max_num_seqs, tensor_parallel
+        self.sleep_level = sleep_level if self.cuda else 0
+        self.enforce_eager = enforce_eager or not self.cuda
+        # On a CPU, vLLM 0.32.0 raises where a request with a seed is prefilled in pieces.
+        self.kv_cache_dtype, self.chunked_prefill = kv_cache_dtype, chunked_prefill and self.cuda
+        self.log_file, self.options = Path(log_file), dict(options or {})
+        self.architectures = config.architectures or []
+        self.shapes = expected_shapes(config, trust_remote_code)
+        self.version = -1
+        self.asleep = False
+        self._llm: Any = None  # vllm.LLM, once started
+
+    # --- life -------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Starts vLLM the first time. Memory comes back in `load_weights`, piece by piece."""
+        if self._llm is None:
+            with isolated(self.log_file, keep="VLLM_"):
+                self._llm = self._start()
+
+    def unsupported(self) -> str | None:
+        """Why vLLM cannot run this model, or None; only its architecture is looked at."""
+        with isolated(self.log_file, keep="VLLM_"):
+            known = import_vllm(self.log_file).ModelRegistry.get_supported_archs()
+        if any(name in known for name in self.architectures):
+            return None
+        return f"vLLM has no {' or '.join(self.architectures) or 'such architecture'}"
+
+    def _start(self) -> Any:
+        """A vllm.LLM; must run inside `isolated`.
+
+        Raises:
+            UserError: vLLM is not installed, cannot run the model, or has too little memory.
+        """
+        vllm = import_vllm(self.log_file)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.options.setdefault("distributed_executor_backend", "external_launcher")
+            announce_ranks()
+        try:
+            return vllm.LLM(**self._arguments())
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise UserError(self._start_problem(error)) from error
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments = {
+            "model": self.path,
+            "skip_tokenizer_init": True,  # token ids in, token ids out
+            "load_format": "dummy",  # weights come with the first sync
+            "trust_remote_code": self.trust_remote_code,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "tensor_parallel_size": self.tensor_parallel,
+            "enforce_eager": self.enforce_eager,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "enable_chunked_prefill": self.chunked_prefill,
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",  # after temperature
+            "disable_log_stats": True,
+            "seed": 0,  # of requests without one; ours all have one
+        }
+        if self.cuda:
+            arguments["gpu_memory_utilization"] = self.gpu_memory_share
+            arguments["enable_sleep_mode"] = self.sleep_level > 0
+        if self.kv_cache_gb is not None or not self.cuda:
+            arguments["kv_cache_memory_bytes"] = int((self.kv_cache_gb or 1.0) * GIB)
+        return arguments | self.options
+
+    def _start_problem(self, error: Exception) -> str:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        key = "engine.kv_cache_gb" if self.kv_cache_gb or not self.cuda else "engine.gpu_memory_share"
+        mend = f"Raise {key}" if "memory" in reason.lower() else "Take engine=transformers"
+        return f"vLLM could not start for {self.path}: {reason} {mend}; {self.log_file} has it all."
+
+    def sleep(self) -> None:
+        if self._llm is not None and self.sleep_level and not self.asleep:
+            self._llm.sleep(level=self.sleep_level)
+            self.asleep = True
+            self.version = -1
+
+    def close(self) -> None:
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            self.version = -1
+
+    def state_dict(self) -> dict:
+        return {}  # weights come with the first sync, every response has its own seed
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+    # --- weights ----------------------------------------------------------------------------
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Reloads in place, tensor by tensor; old prefixes are forgotten.
+
+        Raises:
+            RuntimeError: names or shapes that are not the model's, or blocks still in use.
+        """
+        if self.asleep:
+            self._llm.wake_up(tags=["weights"])
+        named = checked_weights(named_tensors, self.shapes)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+        self._llm.apply_model(repack_tied_head)
+        if self.asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept prefixes of the old weights: its cache was in use.")
+        self.version = version
+
+    def checksum(self) -> None:
+        """vLLM packs its weights for its kernels, so that they cannot be read back: None."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Log-probs, at temperature 1, of every token but the first of each sequence."""
+        import vllm
+
+        params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        scores = []
+        for output, sequence in zip(outputs, sequences, strict=True):
+            after = zip(output.prompt_logprobs[1:], sequence[1:], strict=True)
+            scores.append(torch.tensor([found[token].logprob for found, token in after]))
+        return scores
+
+    # --- sampling ---------------------------------------------------------------------------
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        expected_version: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Response]]:
+        check_version(self, expected_version)
+        import vllm
+
+        flat = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(requests[index].token_ids)} for index, _ in flat],
+            [
+                vllm.SamplingParams(
+                    temperature=params.temperature,
+                    top_p=params.top_p,
+                    top_k=params.top_k,
+                    max_tokens=params.max_response_tokens,
+                    seed=seed,
+                    stop_token_ids=self.eos_token_ids,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                )
+                for _, seed in flat
+            ],
+            use_tqdm=progress_bar(on_progress) if on_progress else False,
+        )
+        found: list[list[Response]] = [[] for _ in requests]
+        for (index, _), output in zip(flat, outputs, strict=True):
+            found[index].append(response(output.outputs[0]))
+        return found
+
+
+def import_vllm(log_file: Path) -> ModuleType:
+    """vLLM, with its log in a file; must run inside `isolated`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+    logger = logging.getLogger("vllm")
+    if not logger.handlers:
+        logger.addHandler(logging.FileHandler(log_file))
+        logger.propagate = False
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(f"{NOT_INSTALLED} ({error})") from error
+    return vllm
+
+
+def response(completion: Any) -> Response:
+    """A Response from vLLM's CompletionOutput.
+
+    Raises:
+        RuntimeError: the request was aborted.
+    """
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a response with {completion.finish_reason!r}.")
+    return Response(
+        token_ids=torch.tensor(completion.token_ids),
+        logprobs=torch.tensor(completion.logprobs.logprobs, dtype=torch.float32),
+        truncated=completion.finish_reason == "length",
+        near_ties=0,  # vLLM does not draw by inverse CDF
+    )
+
+
+def repack_tied_head(model: nn.Module) -> None:
+    """Packs the output head anew on a CPU: where it is the embedding, a reload leaves the packed
+    copy as it was (vLLM 0.32.0)."""
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear") and head.weight.numel():
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def announce_ranks() -> None:
+    """Sets what vLLM's external launcher reads, where the trainer's launcher did not."""
+    rank = dist.get_rank()
+    local_rank = torch.cuda.current_device() if torch.cuda.is_available() else rank
+    facts = {
+        "RANK": rank,
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": dist.get_world_size(),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29500,  # unused: the process group that exists is taken
+    }
+    for name, value in facts.items():
+        os.environ.setdefault(name, str(value))
+
+
+def progress_bar(on_progress: Callable[[int], None]) -> Callable[..., Any]:
+    """What vLLM takes for a tqdm, which tells `on_progress` how many more are finished."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options | {"file": io.StringIO()})
+
+        def update(self, n: float = 1) -> None:
+            super().update(n)
+            on_progress(int(n))
+
+    return Bar

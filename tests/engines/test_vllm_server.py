@@ -1,0 +1,173 @@
+"""Two real `vllm serve` replicas on loopback: spread, weights, one that dies."""
+
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlzoo.engines.base import Request, SamplingParams
+from rlzoo.engines.vllm_server import VLLMServerEngine, serve_command
+from rlzoo.errors import UserError
+from rlzoo.models.policy import load_policy
+
+pytestmark = pytest.mark.vllm
+LENGTHS = {"max_prompt_tokens": 64, "max_response_tokens": 64}
+OPTIONS = ("--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill")
+OPTIONS += ("--kv-cache-memory-bytes", str(2**28))
+PARAMS = SamplingParams(1.0, 24)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def policy_path() -> str:
+    return str(Path(__file__).parents[2] / "rlzoo" / "models" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def replicas(policy_path, tmp_path_factory):
+    """{address: process}, both answering."""
+    folder = tmp_path_factory.mktemp("servers")
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
+    found = {}
+    for port in (free_port(), free_port()):
+        command = serve_command(policy_path, port, 128, *OPTIONS)
+        with (folder / f"{port}.log").open("w") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        found[f"http://127.0.0.1:{port}"] = process
+    try:
+        for address, process in found.items():
+            wait_for(address, process, folder)
+        yield found
+    finally:
+        for process in found.values():
+            kill(process)
+
+
+def wait_for(address: str, process: subprocess.Popen, folder: Path) -> None:
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{address}/version", timeout=2)
+            return
+        except OSError:
+            assert process.poll() is None, "\n".join(p.read_text() for p in folder.iterdir())
+            time.sleep(0.5)
+    raise TimeoutError(address)
+
+
+def kill(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def make(policy_path: str, addresses: list[str], **options: object) -> VLLMServerEngine:
+    return VLLMServerEngine(policy_path, [0], addresses=addresses, **LENGTHS | options)
+
+
+def requests(count: int, each: int) -> list[Request]:
+    return [
+        Request(tuple(range(3, 10 + i)), tuple(1000 * i + j for j in range(each)))
+        for i in range(count)
+    ]
+
+
+def drawn_tokens(engine: VLLMServerEngine, wanted: list[Request], version: int) -> list:
+    drawn = engine.generate(wanted, PARAMS, version)
+    return [[response.token_ids.tolist() for response in group] for group in drawn]
+
+
+def test_two_replicas_share_a_draw_hold_new_weights_and_lose_nothing_when_one_dies(
+    replicas, policy_path, caplog
+):
+    engine, policy = make(policy_path, list(replicas)), load_policy("tiny")
+    engine.wake()
+    for version in range(2):  # weights as they are, then others
+        engine.load_weights(policy.named_parameters(), version)
+        sequences = [list(range(3, 40)), list(range(60, 90))]
+        for scores, sequence in zip(engine.score(sequences), sequences, strict=True):
+            with torch.no_grad():
+                logprobs = policy(torch.tensor([sequence])).logits[0].log_softmax(-1)
+            expected = logprobs[torch.arange(len(sequence) - 1), sequence[1:]]
+            assert (scores - expected).abs().max() < 1e-4
+        for parameter in policy.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    wanted, finished = requests(12, 4), []
+    drawn = engine.generate(wanted, PARAMS, 1, finished.append)
+    assert [len(group) for group in drawn] == [4] * 12 and sum(finished) == 48
+    before = [[response.token_ids.tolist() for response in group] for group in drawn]
+
+    victim = list(replicas)[0]
+    engine.concurrency = 4
+    seen = []
+
+    def kill_in_the_middle(n: int) -> None:
+        seen.append(n)
+        if len(seen) == 10:
+            kill(replicas[victim])
+
+    again = engine.generate(wanted, PARAMS, 1, kill_in_the_middle)
+    assert [len(group) for group in again] == [4] * 12 and sum(seen) == 48  # each once
+    flat = [r.token_ids.tolist() for group in again for r in group]
+    kept = sum(a == b for a, b in zip(flat, sum(before, []), strict=True))
+    assert kept >= 40  # seeds are the responses' own; other batches may move a last bit
+    assert engine.alive == [a for a in replicas if a != victim]
+    assert f"{victim} no longer answers" in caplog.text
+
+    engine.load_weights(policy.named_parameters(), 2)  # goes on with the one that is left
+    assert len(drawn_tokens(engine, wanted, 2)) == 12
+    kill(replicas[list(replicas)[1]])
+    with pytest.raises(RuntimeError, match="No replica .* is left, with 48 of 48"):
+        engine.generate(wanted, PARAMS, 2)
+
+
+def test_an_address_that_does_not_answer_comes_with_the_command_that_starts_one(policy_path):
+    engine = make(policy_path, [f"http://127.0.0.1:{free_port()}"])
+    with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1 python -m vllm"):
+        engine.wake()
+
+
+def test_addresses_must_be_given(policy_path):
+    with pytest.raises(UserError, match="engine.addresses"):
+        make(policy_path, [])
+
+
+GOOD = {
+    "vllm": "0.32.0",
+    "version": -1,
+    "architectures": ["Qwen2ForCausalLM"],
+    "max_model_len": 128,
+    "logprobs_mode": "processed_logprobs",
+    "dtype": "float32",
+}
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        ({"vllm": "0.31.1"}, "runs vLLM 0.31.1, rlzoo speaks to 0.32.0"),
+        ({"hidden_size": 99}, "serves another model .* hidden_size=99"),
+        ({"max_model_len": 64}, "--max-model-len 128"),
+        ({"logprobs_mode": "raw_logprobs"}, "--logprobs-mode processed_logprobs"),
+    ],
+)
+def test_a_server_of_another_kind_is_named_with_its_mend(policy_path, other, words):
+    engine = make(policy_path, ["http://localhost:1"])
+    names = ("hidden_size", "num_hidden_layers", "vocab_size")
+    described = GOOD | {name: getattr(engine.config, name) for name in names}
+    engine._check_replica("http://localhost:1", described)
+    with pytest.raises(UserError, match=words):
+        engine._check_replica("http://localhost:1", described | other)

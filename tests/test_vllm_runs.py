@@ -1,0 +1,72 @@
+"""Whole runs with the real vLLM inside: what a user sees, what is left behind, what goes wrong."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlzoo.summary import read_metrics
+from tests.test_runs import UNIFORM, finish, run, start, summary_of
+
+pytestmark = pytest.mark.vllm
+VLLM = (*UNIFORM, "engine=vllm", "engine.kv_cache_gb=0.25", "limits.max_responses=96")
+
+FAILS_IN_THE_MIDDLE = """
+import sys
+from rlzoo.engines import vllm
+generate, calls = vllm.VLLMEngine.generate, []
+def failing(self, *args, **options):
+    calls.append(1)
+    if len(calls) == 3:  # validation, one rollout step, then this
+        self._llm.llm_engine.step = lambda: 1 / 0
+    return generate(self, *args, **options)
+vllm.VLLMEngine.generate = failing
+from rlzoo.run import main
+sys.argv[0] = "rlzoo.run"
+main()
+"""
+
+
+def shared_memory() -> set[str]:
+    return {p.name for p in Path("/dev/shm").iterdir()}
+
+
+def test_a_run_is_quiet_agrees_with_its_engine_and_leaves_nothing_running(tmp_path):
+    before = shared_memory()
+    process = start(tmp_path / "run", *VLLM)
+    group = {process.pid, *(child.pid for child in psutil.Process(process.pid).children())}
+    output = finish(process)
+    assert "Engine and trainer agree" in output
+    assert not any(word in output for word in ("INFO", "WARNING", "Warning", "vllm/"))
+    assert (tmp_path / "run" / "vllm.log").stat().st_size > 500
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    gaps = [float(row["logprob_gap/max"]) for row in rows if row.get("logprob_gap/max")]
+    assert len(gaps) == 3 and max(gaps) < 1e-3
+    assert float(rows[-1]["time/weight_sync"]) >= 0
+    assert summary_of(tmp_path / "run")["responses"] == 96
+    assert not any(psutil.pid_exists(pid) for pid in group)
+    marker = f"run_dir={tmp_path / 'run'}"
+    left = [p for p in psutil.process_iter(["cmdline"]) if marker in (p.info["cmdline"] or [])]
+    assert left == [] and shared_memory() == before
+
+
+def test_an_engine_that_fails_in_a_draw_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILS_IN_THE_MIDDLE)
+    output = finish(start(tmp_path / "run", *VLLM, program=(str(script),)), expected=2)
+    assert "ZeroDivisionError" in output
+    run(tmp_path / "run", *VLLM, "ckpt_path=last")
+    assert summary_of(tmp_path / "run")["responses"] == 96
+    steps = [row["rollout_step"] for row in read_metrics(tmp_path / "run" / "metrics.csv")]
+    assert steps == ["0", "1", "2", "3"]
+
+
+def test_too_little_memory_for_the_cache_names_the_setting(tmp_path):
+    output = run(tmp_path / "run", *VLLM, "engine.kv_cache_gb=0.0001", expected=2)
+    assert "Raise engine.kv_cache_gb" in output and "Traceback" not in output
+
+
+def test_the_doctor_compares_and_trains_nothing(tmp_path):
+    output = run(tmp_path / "run", *VLLM, "doctor=true")
+    assert "Engine and trainer agree" in output and "nothing was trained" in output
+    assert not (tmp_path / "run" / "checkpoints").exists()
