@@ -163,3 +163,12 @@ def test_the_critic_regresses_on_its_returns():
     metrics = algo.total_loss(algo.forward_scores(batch), batch).metrics
     expected = 0.5 * (batch.weights * (batch.values - batch.returns) ** 2).sum()
     torch.testing.assert_close(metrics["value/loss"], expected)
+
+
+@pytest.mark.parametrize("clip, judged", [(None, 0.8), (0.5, 2.3), (0.1, 2.7)])
+def test_values_far_from_the_old_ones_are_judged_at_the_clip(clip, judged):
+    algo = constant_critic(0.8, value_clip=clip)
+    (batch,) = prepared(algo, two_tokens([1.0]))
+    batch.values, batch.returns = batch.values + 2.0, torch.ones_like(batch.returns)
+    loss = algo.auxiliary_loss(algo.forward_scores(batch), batch).loss_sum / batch.weights.sum()
+    assert float(loss) == pytest.approx(0.5 * (judged - 1) ** 2, rel=1e-4)
