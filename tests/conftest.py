@@ -5,8 +5,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 VOCABULARY = 40
 
 
-def make_tiny_model(seed: int = 0, tied: bool = False) -> Qwen2ForCausalLM:
-    """A random two-layer policy with outputs far from uniform."""
+def make_tiny_model(seed: int = 0, tied: bool = False, spread: float = 0.3) -> Qwen2ForCausalLM:
+    """A random two-layer policy; at the default spread of weights its outputs are far from uniform."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -17,7 +17,7 @@ def make_tiny_model(seed: int = 0, tied: bool = False) -> Qwen2ForCausalLM:
         num_key_value_heads=1,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
-        initializer_range=0.3,
+        initializer_range=spread,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=1,

@@ -24,6 +24,7 @@ BASES = ("algo/shared", "algo/clipped")  # keys that algorithms share, no choice
 FILES = [f"{group.name}/{p.stem}" for group in GROUPS for p in sorted(group.glob("*.yaml"))]
 CHOICES = [name for name in FILES if name not in BASES]
 NEEDS = {  # what a user has to give besides the choice, and what this machine has not
+    "engine/vllm_server": ["engine.addresses=[http://localhost:8000]"],
     "model/hf": ["model.path=tiny", "lr=1e-4"],
     "datamodule/sft": ["algo=sft"],
     "callbacks/sft": ["algo=sft"],

@@ -171,4 +171,4 @@ def test_values_far_from_the_old_ones_are_judged_at_the_clip(clip, judged):
     (batch,) = prepared(algo, two_tokens([1.0]))
     batch.values, batch.returns = batch.values + 2.0, torch.ones_like(batch.returns)
     loss = algo.auxiliary_loss(algo.forward_scores(batch), batch).loss_sum / batch.weights.sum()
-    assert float(loss) == pytest.approx(0.5 * (judged - 1) ** 2, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(0.5 * (judged - 1) ** 2, rel=1e-4)

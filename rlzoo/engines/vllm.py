@@ -279,6 +279,7 @@ def import_vllm(log_file: Path) -> ModuleType:
     logger = logging.getLogger("vllm")
     if not logger.handlers:
         logger.addHandler(logging.FileHandler(log_file))
+        logger.setLevel(logging.INFO)
         logger.propagate = False
     try:
         import vllm
