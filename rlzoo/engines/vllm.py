@@ -114,6 +114,7 @@ class VLLMEngine:
         self.version = -1
         self.asleep = False
         self._llm: Any = None  # vllm.LLM, once started
+        self._shares_ranks = False  # whether it uses the trainer's process group
 
     # --- life -------------------------------------------------------------------------------
 
@@ -139,7 +140,9 @@ class VLLMEngine:
         """
         vllm = import_vllm(self.log_file)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        # vLLM's end is that of the process group it uses, which then is the trainer's.
+        self._shares_ranks = dist.is_initialized()
+        if self._shares_ranks and dist.get_world_size() > 1:
             self.options.setdefault("distributed_executor_backend", "external_launcher")
             announce_ranks()
         try:
@@ -185,10 +188,11 @@ class VLLMEngine:
             self.version = -1
 
     def close(self) -> None:
-        if self._llm is not None:
+        """Ends vLLM; among several ranks it ends with the process."""
+        self.version = -1
+        if self._llm is not None and not self._shares_ranks:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
-            self.version = -1
 
     def state_dict(self) -> dict:
         return {}  # weights come with the first sync, every response has its own seed
