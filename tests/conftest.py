@@ -5,12 +5,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 VOCABULARY = 40
 
 
-def make_tiny_model(seed: int = 0, tied: bool = False, spread: float = 0.3) -> Qwen2ForCausalLM:
-    """A random two-layer policy; at the default spread of weights its outputs are far from uniform."""
+def make_tiny_model(
+    seed: int = 0, tied: bool = False, spread: float = 0.3, width: int = 32
+) -> Qwen2ForCausalLM:
+    """A random two-layer policy; at the default spread of weights its outputs are far from uniform.
+    vLLM's CPU kernels take heads of 32 dimensions, so a width of 64."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -28,6 +28,7 @@ from rlzoo.losses import (
 )
 from rlzoo.metrics import WeightedMeans
 from rlzoo.microbatching import AGGREGATIONS, collate, plan_microbatches
+from rlzoo.models.gather import gathered
 from rlzoo.rewards.length import soft_overlong_penalty
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
@@ -313,5 +314,5 @@ class PolicyAlgorithm(ScoringModule):
         return self.trainer.world_size * self.trainer.accumulate_grad_batches / batch.divisor
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's parameters by the names its own `named_parameters` gives them."""
-        return self.policy.named_parameters()
+        """The policy's parameters, whole, by the names its own `named_parameters` gives them."""
+        return gathered(self.policy.named_parameters())

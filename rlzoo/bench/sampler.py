@@ -36,13 +36,14 @@ from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.engines.vllm import VLLMEngine
 from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import Plan, collate
-from rlzoo.models.policy import TINY, load_policy
+from rlzoo.models.policy import TINY, eos_token_ids, load_policy, load_tokenizer
 from rlzoo.types import Prompt
 
 PROMPTS, LARGEST = 256, 16
 SYNCS, CYCLES = 20, 50
-TOKENS = {"tiny": 96, "50m": 16}  # longest response; random weights hardly ever end one
-EOS, PAD = [2], 0
+TOKENS = {"tiny": 96, "50m": 8}  # longest response; random weights hardly ever end one
+REPEATS = {"tiny": 3, "50m": 1}  # of ragged and padded, in turn; medians are taken
+EOS, PAD = [2], 0  # of random policies
 
 
 def build(name: str, folder: str) -> tuple[PreTrainedModel, str]:
@@ -72,17 +73,18 @@ def build(name: str, folder: str) -> tuple[PreTrainedModel, str]:
 
 def start(engine: str, policy: PreTrainedModel, path: str, folder: str) -> tuple[Engine, float]:
     """An engine that holds the policy's weights, and the seconds that it took to start."""
+    eos = eos_token_ids("tiny", load_tokenizer("tiny")) if path == str(TINY) else EOS
     began = time.perf_counter()
     if engine == "vllm":
         made: Engine = VLLMEngine(
             path,
-            EOS,
+            eos,
             max_prompt_tokens=64,
             max_response_tokens=128,
             log_file=str(Path(folder) / "vllm.log"),
         )
     else:
-        made = TransformersEngine(lambda: load_like(policy), EOS, PAD, max_rows=1024)
+        made = TransformersEngine(lambda: load_like(policy), eos, PAD, max_rows=1024)
     made.wake()
     made.load_weights(policy.named_parameters(), 0)
     return made, time.perf_counter() - began
@@ -145,15 +147,15 @@ def gap_of(policy: PreTrainedModel, prompt: tuple[int, ...], response: Response)
     return (response_scores(policy, batch, 1.0).logprobs[0] - response.logprobs).abs()
 
 
-def speed(policy: PreTrainedModel, engine: Engine, longest: int) -> dict[str, float]:
+def speed(policy: PreTrainedModel, engine: Engine, size: str) -> dict[str, float]:
     """Ragged against padded, interleaved; weight sync against sampling and a plain copy."""
-    vocabulary, params = policy.config.vocab_size, SamplingParams(1.0, longest)
+    vocabulary, params = policy.config.vocab_size, SamplingParams(1.0, TOKENS[size])
     budgets = {"ragged": ragged(), "padded": np.full(PROMPTS, LARGEST)}
     engine.generate(requests(np.full(8, 2), vocabulary, 9), params, 0)  # compiles what it compiles
     seconds: dict[str, list[float]] = {name: [] for name in (*budgets, "sync", "copy")}
     tokens, responses = {}, {}
     target = [parameter.detach().clone() for parameter in policy.parameters()]
-    for repeat in range(3):
+    for repeat in range(REPEATS[size]):
         for name, sizes in budgets.items():
             took, drawn = timed(
                 lambda sizes=sizes: engine.generate(requests(sizes, vocabulary, repeat), params, 0)
@@ -208,10 +210,10 @@ def memory(policy: PreTrainedModel, engine: Engine) -> dict[str, float]:
 CASES: dict[str, tuple[str, str, Callable[..., dict[str, float]]]] = {
     "gap_tied": ("vllm", "tied", gap),
     "gap_untied": ("vllm", "untied", gap),
-    "tiny_vllm": ("vllm", "tiny", lambda p, e: speed(p, e, TOKENS["tiny"])),
-    "tiny_transformers": ("transformers", "tiny", lambda p, e: speed(p, e, TOKENS["tiny"])),
-    "50m_vllm": ("vllm", "50m", lambda p, e: speed(p, e, TOKENS["50m"])),
-    "50m_transformers": ("transformers", "50m", lambda p, e: speed(p, e, TOKENS["50m"])),
+    "tiny_vllm": ("vllm", "tiny", lambda p, e: speed(p, e, "tiny")),
+    "tiny_transformers": ("transformers", "tiny", lambda p, e: speed(p, e, "tiny")),
+    "50m_vllm": ("vllm", "50m", lambda p, e: speed(p, e, "50m")),
+    "50m_transformers": ("transformers", "50m", lambda p, e: speed(p, e, "50m")),
     "alone_vllm": ("vllm", "tiny", alone),
     "alone_transformers": ("transformers", "tiny", alone),
     "memory_vllm": ("vllm", "tiny", memory),

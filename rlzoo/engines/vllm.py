@@ -154,6 +154,7 @@ class VLLMEngine:
         arguments = {
             "model": self.path,
             "skip_tokenizer_init": True,  # token ids in, token ids out
+            "generation_config": "vllm",  # the model's own adds end tokens to those asked for
             "load_format": "dummy",  # weights come with the first sync
             "trust_remote_code": self.trust_remote_code,
             "dtype": self.dtype,
@@ -171,6 +172,8 @@ class VLLMEngine:
         if self.cuda:
             arguments["gpu_memory_utilization"] = self.gpu_memory_share
             arguments["enable_sleep_mode"] = self.sleep_level > 0
+        else:
+            arguments["block_size"] = 32  # 128 by default: shorter prompts would never be shared
         if self.kv_cache_gb is not None or not self.cuda:
             arguments["kv_cache_memory_bytes"] = int((self.kv_cache_gb or 1.0) * GIB)
         return arguments | self.options

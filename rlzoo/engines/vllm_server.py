@@ -40,7 +40,7 @@ def serve_command(path: str, port: int, max_model_len: int, *options: str) -> li
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path),
         *("--port", str(port), "--max-model-len", str(max_model_len)),
         *("--tokens-only", "--skip-tokenizer-init", "--load-format", "dummy"),
-        *("--logprobs-mode", "processed_logprobs"),
+        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
         *("--worker-extension-cls", "rlzoo.engines.vllm_worker.SyncWorker"),
         *options,
     ]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from rlzoo.callbacks import WeightSync
 from rlzoo.engines import vllm as vllm_engine
@@ -19,6 +19,7 @@ from rlzoo.ledger import Ledger
 from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import Plan, collate
 from rlzoo.types import Prompt, Rollouts
+from tests.conftest import make_tiny_model
 
 pytestmark = pytest.mark.vllm
 PARAMS = SamplingParams(temperature=0.9, max_response_tokens=24)
@@ -27,23 +28,8 @@ EOS = 0
 
 
 def make_policy(seed: int = 0) -> Qwen2ForCausalLM:
-    """Tied, which is where vLLM's packed head may go stale; heads of a size its kernels take."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=1,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    """Tied, which is where vLLM's packed head may go stale."""
+    return make_tiny_model(seed, tied=True, width=64)
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +191,8 @@ def test_weights_of_another_model_are_named(started, spoil, words):
 
 
 def test_sequences_longer_than_the_model_are_refused_before_the_start(folder):
-    with pytest.raises(UserError, match="takes sequences of at most 128 tokens"):
-        VLLMEngine(str(folder), [EOS], max_prompt_tokens=100, max_response_tokens=29)
+    with pytest.raises(UserError, match="takes sequences of at most 256 tokens"):
+        VLLMEngine(str(folder), [EOS], max_prompt_tokens=200, max_response_tokens=57)
 
 
 @pytest.mark.parametrize(
