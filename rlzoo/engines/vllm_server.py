@@ -2,7 +2,8 @@
 
 Every response is a request of its own, with its own seed, taken by whichever replica is free; so a
 replica that dies costs nothing but time: what it had not answered goes to the others. Weights go
-through a file in a folder that trainer and servers share, in memory on one machine (/dev/shm).
+through a file in a folder that trainer and servers share, in memory on one machine (/dev/shm), or
+from GPU to GPUs by nccl (weight_transfer.py).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version
 from rlzoo.engines.shapes import checked_weights, expected_shapes
-from rlzoo.errors import UserError, check_at_least
+from rlzoo.engines.weight_transfer import NcclTransfer, Replica, ask_replica, choose_transfer
+from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.models.policy import model_directory
 
 log = logging.getLogger(__name__)
@@ -54,15 +56,18 @@ class VLLMServerEngine:
         eos_token_ids: any of them ends a response.
         pad_token_id: taken for the protocol's sake; vLLM pads nothing.
         addresses: of the replicas, such as http://localhost:8000.
+        transfer: how weights travel: "folder", "nccl", or "auto", which is nccl where the trainer
+            has CUDA and every address was started for it.
         folder: that trainer and servers see under the same name; holds one copy of the weights
-            during a sync.
+            during a sync. Unused by nccl.
         concurrency: requests that a replica has at once.
         timeout: seconds after which a replica that does not answer is given up.
         max_prompt_tokens, max_response_tokens: their sum is the longest sequence.
         trust_remote_code: runs code that a hub model brings along.
+        log_file: where messages of vLLM's nccl transfer go.
 
     Raises:
-        UserError: no address, or a value out of range.
+        UserError: no address, a value out of range, or transfer=nccl without CUDA.
     """
 
     def __init__(
@@ -74,11 +79,14 @@ class VLLMServerEngine:
         addresses: Sequence[str],
         max_prompt_tokens: int,
         max_response_tokens: int,
+        transfer: str = "auto",
         folder: str = "/dev/shm",
         concurrency: int = 128,
         timeout: float = 600.0,
         trust_remote_code: bool = False,
+        log_file: str = "vllm.log",
     ) -> None:
+        check_choice("engine.transfer", transfer, ("auto", "folder", "nccl"))
         if not addresses:
             raise UserError(
                 "engine=vllm_server needs engine.addresses, such as [http://localhost:8000]."
@@ -86,7 +94,9 @@ class VLLMServerEngine:
         check_at_least("engine.concurrency", concurrency, 1)
         if timeout <= 0:
             raise UserError(f"engine.timeout must be above 0 s, got {timeout}.")
-        if not Path(folder).is_dir():
+        if transfer == "nccl":
+            choose_transfer(transfer, torch.cuda.is_available(), {})
+        elif not Path(folder).is_dir():
             raise UserError(f"engine.folder={folder} is no folder that this machine sees.")
         self.path = model_directory(path)
         self.addresses = [address.rstrip("/") for address in addresses]
@@ -98,6 +108,8 @@ class VLLMServerEngine:
         self.alive: list[str] = []
         self.dtype = "float32"  # what the servers say, once asked
         self.version = -1
+        self.transfer = transfer  # as asked; what comes of it, once the servers were asked
+        self._nccl = NcclTransfer(timeout, Path(log_file))
         self._checked = False
 
     # --- life -------------------------------------------------------------------------------
@@ -106,7 +118,7 @@ class VLLMServerEngine:
         """Asks every replica who it is, the first time.
 
         Raises:
-            UserError: none answers, or one serves another model or runs another vLLM.
+            UserError: none answers, or one has another model or vLLM, or no engine.transfer=nccl.
         """
         if not self._checked:
             self.alive = list(self.addresses)
@@ -114,7 +126,15 @@ class VLLMServerEngine:
             for address, described in found.items():
                 self._check_replica(address, described)
             self.dtype = next(iter(found.values()))["dtype"]
+            self.transfer = self._choose_transfer()
             self._checked = True
+
+    def _choose_transfer(self) -> str:
+        cuda, backends = torch.cuda.is_available(), dict.fromkeys(self.addresses)
+        if self.transfer != "folder" and cuda:
+            answers = asyncio.run(self._everywhere(self._ask_replica))
+            backends |= {address: replica.backend for address, replica in answers.items()}
+        return choose_transfer(self.transfer, cuda, backends)
 
     def _check_replica(self, address: str, described: dict[str, Any]) -> None:
         if described["vllm"].partition("+")[0] != VLLM_VERSION:
@@ -140,7 +160,8 @@ class VLLMServerEngine:
         pass  # the servers have devices of their own
 
     def close(self) -> None:
-        pass  # they belong to whoever started them
+        """Lets the servers go, which belong to whoever started them."""
+        self._nccl.close()
 
     def state_dict(self) -> dict:
         return {}
@@ -151,30 +172,40 @@ class VLLMServerEngine:
     # --- weights ----------------------------------------------------------------------------
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Every rank walks the tensors; rank 0 writes them and tells every replica, those that had
-        been given up too.
+        """Every rank walks the tensors; rank 0 then sends them to every replica, also to those that
+        had been given up. Nothing is sent while they are walked: gathering shards is collective,
+        and stalls where another nccl group comes in between.
 
         Raises:
             RuntimeError: names or shapes that are not the model's, or no replica took them.
         """
         rank, _ = world()
         named = checked_weights(named_tensors, self.shapes)
-        kept = {name: t.detach().cpu().contiguous() for name, t in named if rank == 0}
+        kept = {
+            name: t.detach() if isinstance(t, nn.Parameter) else t.detach().cpu()  # was gathered
+            for name, t in named
+            if rank == 0
+        }
         problem = None
         if rank == 0:
-            file = self.folder / f"rlzoo_{id(self):x}_{version}.safetensors"
+            self.alive = list(self.addresses)
+            send = self._send_by_nccl if self.transfer == "nccl" else self._send_by_folder
             try:
-                save_file(kept, file)
-                self.alive = list(self.addresses)
-                asyncio.run(self._everywhere(lambda s, a: self._load(s, a, str(file), version)))
-            except (UserError, RuntimeError, OSError) as error:
+                send(kept, version)
+            except (ValueError, RuntimeError, OSError) as error:
                 problem = f"{type(error).__name__}: {error}"
-            finally:
-                file.unlink(missing_ok=True)
         problem, self.alive = all_gather((problem, self.alive))[0]
         if problem:
             raise RuntimeError(f"A weight sync to the servers failed: {problem}")
         self.version = version
+
+    def _send_by_folder(self, kept: dict[str, Tensor], version: int) -> None:
+        file = self.folder / f"rlzoo_{id(self):x}_{version}.safetensors"
+        try:
+            save_file({name: t.cpu().contiguous() for name, t in kept.items()}, file)
+            asyncio.run(self._everywhere(lambda s, a: self._load(s, a, str(file), version)))
+        finally:
+            file.unlink(missing_ok=True)
 
     async def _load(self, session: Any, address: str, file: str, version: int) -> None:
         body = {"method": "rlzoo_load", "args": [file, version]}
@@ -182,7 +213,20 @@ class VLLMServerEngine:
         held = [worker["version"] for worker in answer["results"]]
         if set(held) != {version}:
             raise RuntimeError(f"{address} holds versions {held} after a sync of {version}.")
-        await self._post(session, f"{address}/reset_prefix_cache", None)
+        await self._forget_prefixes(session, address)
+
+    def _send_by_nccl(self, kept: dict[str, Tensor], version: int) -> None:
+        replicas = asyncio.run(self._everywhere(self._ask_replica))
+        self._nccl.send(kept, list(replicas.values()), version)
+        asyncio.run(self._everywhere(self._forget_prefixes))
+
+    async def _ask_replica(self, session: Any, address: str) -> Replica:
+        return await ask_replica(lambda url: self._post(session, url, None, method="GET"), address)
+
+    async def _forget_prefixes(self, session: Any, address: str) -> None:
+        answer = await self._post(session, f"{address}/reset_prefix_cache", None)
+        if not answer["success"]:
+            raise RuntimeError(f"{address} kept prefixes of the old weights: its cache was in use.")
 
     def checksum(self) -> None:
         """vLLM packs its weights for its kernels, so that they cannot be read back: None."""
@@ -216,13 +260,8 @@ class VLLMServerEngine:
             "stop_token_ids": self.eos_token_ids,
             "logprobs": 0,
         }
-        jobs = [
-            {
-                "token_ids": list(requests[index].token_ids),
-                "sampling_params": shared | {"seed": seed},
-            }
-            for index, seed in flat
-        ]
+        prompts = [list(request.token_ids) for request in requests]
+        jobs = [{"token_ids": prompts[i], "sampling_params": shared | {"seed": s}} for i, s in flat]
         found: list[list[Response]] = [[] for _ in requests]
         for (index, _), answer in zip(flat, self._answers(jobs, on_progress), strict=True):
             found[index].append(response(answer["choices"][0]))

@@ -1,10 +1,13 @@
 """Two real `vllm serve` replicas on loopback: spread, weights, one that dies."""
 
+import asyncio
 import os
 import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 
 from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.vllm_server import VLLMServerEngine, serve_command
+from rlzoo.engines.weight_transfer import FanOut, Replica, choose_transfer
 from rlzoo.errors import UserError
 from rlzoo.models.policy import load_policy
 
@@ -19,6 +23,7 @@ pytestmark = pytest.mark.vllm
 LENGTHS = {"max_prompt_tokens": 64, "max_response_tokens": 64}
 OPTIONS = ("--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill")
 OPTIONS += ("--kv-cache-memory-bytes", str(2**28))
+NCCL = ("--weight-transfer-config", '{"backend": "nccl"}')
 PARAMS = SamplingParams(1.0, 24)
 
 
@@ -35,18 +40,28 @@ def policy_path() -> str:
 
 @pytest.fixture(scope="module")
 def replicas(policy_path, tmp_path_factory):
-    """{address: process}, both answering."""
+    """{address: process}, both answering; only the first was started for the nccl transfer."""
     folder = tmp_path_factory.mktemp("servers")
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
+    with served(policy_path, folder, [(*OPTIONS, *NCCL), OPTIONS]) as found:
+        yield found
+
+
+@contextmanager
+def served(
+    policy_path: str, folder: Path, options: Sequence[Sequence[str]], **variables: str
+) -> Iterator[dict[str, subprocess.Popen]]:
+    """{address: process} of replicas, one for each of `options`, answering."""
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"} | variables
     found = {}
-    for port in (free_port(), free_port()):
-        command = serve_command(policy_path, port, 128, *OPTIONS)
-        with (folder / f"{port}.log").open("w") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        found[f"http://127.0.0.1:{port}"] = process
     try:
+        for own in options:
+            port = free_port()
+            command = serve_command(policy_path, port, 128, *own)
+            with (folder / f"{port}.log").open("w") as log:
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=log, env=environment, start_new_session=True
+                )
+            found[f"http://127.0.0.1:{port}"] = process
         for address, process in found.items():
             wait_for(address, process, folder)
         yield found
@@ -88,6 +103,48 @@ def requests(count: int, each: int) -> list[Request]:
 def drawn_tokens(engine: VLLMServerEngine, wanted: list[Request], version: int) -> list:
     drawn = engine.generate(wanted, PARAMS, version)
     return [[response.token_ids.tolist() for response in group] for group in drawn]
+
+
+def test_a_real_server_names_its_backend_and_takes_the_calls_of_a_transfer(replicas, policy_path):
+    """All of it but nccl itself, which needs GPUs."""
+    engine = make(policy_path, list(replicas))
+    engine.wake()
+    assert engine.transfer == "folder" or torch.cuda.is_available()
+    first, second = asyncio.run(engine._everywhere(engine._ask_replica)).values()
+    for found, backend in ((first, "nccl"), (second, None)):
+        assert found == Replica(found.address, backend, 1, "default")
+    backends = {first.address: first.backend, second.address: second.backend}
+    with pytest.raises(UserError, match=f"{second.address} names no transfer backend"):
+        choose_transfer("nccl", True, backends)
+
+    client = FanOut([first], 60.0)
+    client.version = "3"
+    client.shutdown_weight_transfer_engine()  # as at every start, when there is nothing to end
+    client.start_weight_update()
+    with pytest.raises(RuntimeError, match="NCCL weight transfer not initialized"):
+        client.update_weights({"names": [], "dtype_names": [], "shapes": []})
+    client.start_weight_update()
+    client.finish_weight_update()
+    held = asyncio.run(engine._everywhere(engine._ask_replica))[first.address]
+    assert held == first._replace(weight_version="3")
+    with pytest.raises(RuntimeError, match="weight_transfer_config"):
+        FanOut([second], 60.0).start_weight_update()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, test_vllm_gpu.py sends weights")
+def test_a_sync_by_nccl_reaches_vllms_own_transfer_and_a_failure_is_told(
+    replicas, policy_path, tmp_path, monkeypatch
+):
+    address, log_file = list(replicas)[0], tmp_path / "vllm.log"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it is not, as both ends find
+    engine = make(policy_path, [address], transfer="nccl", log_file=str(log_file))
+    engine.wake()
+    assert engine.transfer == "nccl"
+    for version in range(2):  # a failure leaves nothing behind that the next sync trips over
+        with pytest.raises(RuntimeError, match="sync to the servers failed: .*accelerator"):
+            engine.load_weights(load_policy("tiny").named_parameters(), version)
+    engine.close()
+    assert "Creating weight transfer trainer engine: NCCLTrainer" in log_file.read_text()
 
 
 def test_two_replicas_share_a_draw_hold_new_weights_and_lose_nothing_when_one_dies(
