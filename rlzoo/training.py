@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ import transformers
 from hydra.utils import instantiate
 from lightning import Callback
 from omegaconf import DictConfig
+from transformers import AutoConfig
 
 from rlzoo.callbacks.doctor import Diagnosed
-from rlzoo.errors import UserError
+from rlzoo.callbacks.restore import Restore
+from rlzoo.checkpoints import kind_of, read_state, saved_by, whole_weights
+from rlzoo.engines.shapes import expected_shapes
+from rlzoo.errors import UserError, check_choice
 from rlzoo.ledger import Limits
-from rlzoo.models.policy import eos_token_ids, load_tokenizer
+from rlzoo.models.policy import eos_token_ids, load_tokenizer, model_directory
 from rlzoo.progress import Bars
+from rlzoo.ranks import cluster_plugins, is_first, log_name
 from rlzoo.run_dir import claim, describe, find_checkpoint
 from rlzoo.summary import summarize
 
@@ -32,30 +38,77 @@ def train(cfg: DictConfig) -> None:
 
     Raises:
         UserError: anything the user can mend.
+        Preempted: the run was told to stop, and has saved.
     """
     run_dir = Path(cfg.run_dir)
-    lock = claim(run_dir, resuming=cfg.ckpt_path is not None)
+    lock = claim(run_dir, resuming=cfg.ckpt_path is not None) if is_first() else None
+    run_dir.mkdir(parents=True, exist_ok=True)
     quieten(run_dir)
     set_up_process(cfg)
     checkpoint = find_checkpoint(cfg.ckpt_path, run_dir)
-    bars = Bars(enabled=rank_zero())
+    state = None if checkpoint is None else read_state(checkpoint)
+    exact = check_resume(cfg, checkpoint, state)
+    bars = Bars(enabled=is_first())
     parts = build(cfg, bars)
-    trainer = build_trainer(cfg, parts["callbacks"], purge_step(checkpoint))
-    if rank_zero():
+    if state is not None and not exact:
+        parts["algo"].restored_weights = partial(whole_weights, checkpoint)
+        parts["callbacks"].insert(0, Restore(state))
+    trainer = build_trainer(cfg, parts["callbacks"], purge_step(state))
+    if is_first():
         describe(run_dir, cfg)
     data = parts["datamodule"]
     try:
         data.ledger.start()
-        trainer.fit(parts["algo"], datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        path = checkpoint if exact else None
+        trainer.fit(parts["algo"], datamodule=data, ckpt_path=path, weights_only=True)
     except Diagnosed:
         bars.print_line("doctor=true: nothing was trained.")
         return
     finally:
         data.teardown("fit")
-    if rank_zero():
+    if is_first():
         for line in summarize(run_dir, cfg, data):
             bars.print_line(line)
-    lock.close()
+        lock.close()
+
+
+def check_resume(cfg: DictConfig, checkpoint: Path | None, state: dict[str, Any] | None) -> bool:
+    """Whether the run goes on exactly where the checkpoint is, optimizer included.
+
+    Raises:
+        UserError: it cannot, and `resume=weights` was not asked for; or another model saved it.
+    """
+    check_choice("resume", cfg.resume, ("exact", "weights"))
+    if checkpoint is None:
+        return True
+    saved = saved_by(state)
+    config = AutoConfig.from_pretrained(
+        model_directory(cfg.model.path), trust_remote_code=cfg.model.trust_remote_code
+    )
+    count = sum(shape.numel() for shape in expected_shapes(config).values())
+    if not saved["model"].endswith(f" of {count:,} parameters") and not cfg.model.get("lora"):
+        raise UserError(
+            f"The checkpoint {checkpoint} is of {saved['model']}, but model.path={cfg.model.path}"
+            f" has {count:,}. Resume with the model it was saved from, or start a new run_dir."
+        )
+    if cfg.resume == "weights":
+        return False
+    ranks = cfg.trainer.devices * cfg.trainer.num_nodes
+    kind = strategy_kind(cfg)
+    if kind == kind_of(checkpoint) and (kind != "deepspeed" or saved["ranks"] == ranks):
+        return True
+    raise UserError(
+        f"The checkpoint {checkpoint} was saved by {saved['ranks']} process(es) under"
+        f" {saved['strategy']}; this run has {ranks} under strategy={kind}, which cannot read its"
+        " optimizer state. Resume as it was saved, or add resume=weights: weights, data, counts and"
+        " outputs go on from there, the optimizer starts anew."
+    )
+
+
+def strategy_kind(cfg: DictConfig) -> str:
+    """What a strategy saves: "deepspeed" or "fsdp" folders, or a "file"."""
+    name = cfg.strategy._target_.rpartition(".")[2]
+    return {"DeepSpeed": "deepspeed", "FSDP": "fsdp"}.get(name, "file")
 
 
 def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
@@ -93,14 +146,14 @@ def build_trainer(
         instantiate(node, purge_step=purge_step) if "TensorBoard" in node._target_ else instantiate(node)
         for node in nodes
     ]
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    plugins = cluster_plugins()
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=plugins)
 
 
-def purge_step(checkpoint: Path | None) -> int | None:
+def purge_step(state: dict[str, Any] | None) -> int | None:
     """First step of TensorBoard's that a resumed run writes anew."""
-    if checkpoint is None:
+    if state is None:
         return None
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     data = next(value for key, value in state.items() if key.endswith("DataModule"))
     return data["rollout_step"] + 1
 
@@ -132,17 +185,17 @@ def keep_freed_memory() -> None:
 
 def quieten(run_dir: Path) -> None:
     """Libraries speak to `log.txt`; the terminal is for the run's own lines and warnings."""
-    handler = logging.FileHandler(run_dir / "log.txt")
+    handler = logging.FileHandler(run_dir / log_name())
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    if not is_first():  # rank 0 speaks for all
+        for console in root.handlers:
+            console.setLevel(logging.ERROR)
     root.addHandler(handler)
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.utils.logging.disable_progress_bar()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-
-
-def rank_zero() -> bool:
-    return lightning.pytorch.utilities.rank_zero_only.rank == 0

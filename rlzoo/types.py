@@ -110,20 +110,33 @@ class RolloutBatch:
         self.__dict__.update(tensors)
         self.divisor = divisor  # sum of the optimizer step's weights, all microbatches and ranks
         self.last = last  # the last microbatch of its rollout step
+        self.pieces = 1  # forward passes it is computed in, the same on every rank
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.TENSORS}
 
     def to(self, device: torch.device | str, **_: object) -> RolloutBatch:
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return RolloutBatch(moved, self.divisor, self.last)
+        return self.replaced(**{name: t.to(device) for name, t in self.tensors().items()})
 
     def replaced(self, **tensors: Tensor) -> RolloutBatch:
         """The same microbatch but for some tensors."""
-        return RolloutBatch(self.tensors() | tensors, self.divisor, self.last)
+        batch = RolloutBatch(self.tensors() | tensors, self.divisor, self.last)
+        batch.pieces = self.pieces
+        return batch
+
+    def pieces_needed(self, max_tokens: int) -> int:
+        """Pieces of at most `max_tokens` tokens each (one row at least) that this one makes."""
+        rows, width = self.input_ids.shape
+        return -(-rows // max(1, max_tokens // width))
 
     def row_slices(self, max_tokens: int) -> list[slice]:
-        """Runs of rows that hold at most `max_tokens` tokens each (one row at least)."""
-        rows, width = self.input_ids.shape
-        size = max(1, max_tokens // width)
-        return [slice(start, start + size) for start in range(0, rows, size)]
+        """Runs of rows to compute apart: as many as are needed, or as `pieces` says if more."""
+        pieces = max(self.pieces, self.pieces_needed(max_tokens))
+        rows = max(pieces, len(self.input_ids))
+        return [slice(i * rows // pieces, (i + 1) * rows // pieces) for i in range(pieces)]
+
+    def with_rows(self, rows: int) -> RolloutBatch:
+        """The same microbatch with blank rows below, of weight 0, so that it has `rows` at least."""
+        extra = max(0, rows - len(self.input_ids))
+        blank = lambda t: torch.cat([t, t.new_zeros(extra, *t.shape[1:])])  # noqa: E731
+        return self.replaced(**{name: blank(tensor) for name, tensor in self.tensors().items()})

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 
 from rlzoo.algos import GRPO, RAFT, PolicyAlgorithm, ReinforceRej
 from rlzoo.errors import UserError
@@ -146,7 +147,10 @@ def prepared(
     algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1
 ) -> list[RolloutBatch]:
     algo.trainer = SimpleNamespace(
-        world_size=1, global_rank=0, accumulate_grad_batches=accumulate
+        world_size=1,
+        global_rank=0,
+        accumulate_grad_batches=accumulate,
+        precision_plugin=Precision(),
     )
     return algo.prepare(rollouts)
 
@@ -157,7 +161,7 @@ def test_a_gap_between_engine_and_trainer_over_the_limit_stops_the_first_step_al
     with pytest.raises(UserError, match="algo.max_logprob_gap=0.1"):
         prepared(algo, first)  # recorded log-probs are -1 throughout
     prepared(algo, recorded_rollouts())  # a later step is logged, not stopped
-    assert algo.gap["logprob_gap/mean"] > 0.1
+    assert algo.gap()["logprob_gap/mean"] > 0.1
     prepared(algo, dataclasses.replace(first, replayed=True))  # of other weights, as it may be
 
 
@@ -173,9 +177,9 @@ def test_the_reference_is_no_parameter_and_its_kl_is_zero_at_the_start():
 def test_the_gap_is_known_with_one_update_a_step_too():
     algo = algorithm()
     (batch,) = prepared(algo, recorded_rollouts())
-    assert algo.gap == {}
+    assert algo.gap() == {}
     algo.training_step(batch, 0)
-    assert algo.gap["logprob_gap/max"] > 0.1
+    assert algo.gap()["logprob_gap/max"] > 0.1
 
 
 def test_scores_do_not_depend_on_how_rollouts_are_chunked():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import hydra
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from omegaconf import OmegaConf
 
 from rlzoo.algos import PolicyAlgorithm
@@ -34,13 +35,21 @@ def calm_model() -> torch.nn.Module:
 
 
 def build(
-    name: str, policy: Callable[[], torch.nn.Module] = calm_model, **changes: object
+    name: str,
+    policy: Callable[[], torch.nn.Module] = calm_model,
+    configure: bool = True,
+    **changes: object,
 ) -> PolicyAlgorithm:
-    """The algorithm of conf/algo/NAME.yaml with SGD at lr 1, one update, and these changes."""
+    """The algorithm of conf/algo/NAME.yaml with SGD at lr 1, one update, and these changes.
+
+    Args:
+        configure: whether its models are built at once; a Trainer builds them itself.
+    """
     options = options_of(name) | {"max_response_tokens": 12, "updates": 1, "passes": 1} | changes
     kind = hydra.utils.get_class(options.pop("_target_"))
     algo = kind(policy=policy, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), **options)
-    algo.configure_model()
+    if configure:
+        algo.configure_model()
     return algo
 
 
@@ -48,7 +57,10 @@ def prepared(algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1) -> 
     """This rank's microbatches of a rollout step, always scored by the algorithm's own models."""
     rank, world_size = world()
     algo.trainer = SimpleNamespace(
-        world_size=world_size, global_rank=rank, accumulate_grad_batches=accumulate
+        world_size=world_size,
+        global_rank=rank,
+        accumulate_grad_batches=accumulate,
+        precision_plugin=Precision(),
     )
     algo.must_score_old = lambda first: True
     rollouts.scores.clear()

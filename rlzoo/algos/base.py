@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from rlzoo.losses import (
 )
 from rlzoo.metrics import WeightedMeans
 from rlzoo.microbatching import AGGREGATIONS, collate, plan_microbatches
-from rlzoo.models.gather import gathered
 from rlzoo.rewards.length import soft_overlong_penalty
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
@@ -179,12 +178,14 @@ class PolicyAlgorithm(ScoringModule):
         self.score(rollouts, self.scored(rollouts), self.scores_old, on_progress)
         if rollouts.rollout_step == 0 and not rollouts.replayed:
             self.check_gap()
-        return self.plan(
+        batches = self.plan(
             rollouts,
             accumulate=self.trainer.accumulate_grad_batches,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
+        self.agree_on_pieces(batches)
+        return batches
 
     @property
     def updates_per_step(self) -> int:
@@ -312,7 +313,3 @@ class PolicyAlgorithm(ScoringModule):
         if batch.divisor == 0:
             return 0.0
         return self.trainer.world_size * self.trainer.accumulate_grad_batches / batch.divisor
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's parameters, whole, by the names its own `named_parameters` gives them."""
-        return gathered(self.policy.named_parameters())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlzoo.errors import UserError
+from rlzoo.models.gather import gathered, load_whole, whole
 from rlzoo.types import OptimizerFactory, PolicyFactory
 
 
@@ -39,10 +40,27 @@ class OptimizationModule(lightning.LightningModule):
         self.grad_norms: list[dict[str, float]] = []  # by parameter group, before clipping
         self.skipped: str | None = None  # why the last update was skipped
         self.skips_in_a_row = 0
+        self.restored_weights: Callable[[], dict[str, Tensor]] | None = None  # of a checkpoint
 
     def configure_model(self) -> None:
         if self.policy is None:
-            self.policy = self.policy_factory().train()
+            self.build_models()
+            if self.restored_weights is not None:
+                load_whole(self, self.restored_weights())
+
+    def build_models(self) -> None:
+        """Builds every network, where a strategy can shard it."""
+        self.policy = self.policy_factory().train()
+
+    @property
+    def model_name(self) -> str:
+        """What tells one model from another in a checkpoint."""
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in self.policy.parameters())
+        return f"{type(self.policy).__name__} of {count:,} parameters"
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's parameters, whole, by the names its own `named_parameters` gives them."""
+        return gathered(self.policy.named_parameters())
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer_factory(self.parameter_groups())
@@ -63,16 +81,36 @@ class OptimizationModule(lightning.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips each parameter group by its norm, or drops all gradients, so that the optimizer
-        does nothing."""
+        does nothing. Under DeepSpeed the strategy does that, where the gradients are."""
+        if getattr(optimizer, "settles_updates", False):
+            return
         limit, norms = gradient_clip_val or float("inf"), {}
         for group in optimizer.param_groups:
+            if group["name"] in self.frozen_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
-                norms[group["name"]] = float(nn.utils.clip_grad_norm_(parameters, limit))
-        self.skipped = skip_reason(sum(norms.values()), self.divisor)
-        if self.skipped:
+                norms[group["name"]] = float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
+        if self.settle_update(norms):
             optimizer.zero_grad(set_to_none=True)
-        else:
+
+    @property
+    def frozen_groups(self) -> tuple[str, ...]:
+        """Names of the parameter groups that the update in progress leaves as they are."""
+        return ()
+
+    def settle_update(self, norms: dict[str, float]) -> str | None:
+        """Books an update and says why it must be skipped, or None; the same on every rank.
+
+        Args:
+            norms: of the averaged gradient before clipping, by parameter group.
+
+        Raises:
+            UserError: more than `max_skipped_updates` in a row were not finite.
+        """
+        self.skipped = skip_reason(sum(norms.values()), self.divisor)
+        if not self.skipped:
             self.grad_norms.append(norms)
         self.trainer.datamodule.ledger.updated(self.skipped)
         self.skips_in_a_row = self.skips_in_a_row + 1 if self.skipped == "non_finite" else 0
@@ -83,6 +121,7 @@ class OptimizationModule(lightning.LightningModule):
                 " checkpoint is kept: resume it with a lower algo.optimizer.lr, or look for a"
                 " reward or a log-prob that is not finite in rollouts/."
             )
+        return self.skipped
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if not self.skipped:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim import Optimizer
 
 from rlzoo.advantages import generalized_advantages, whiten
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
@@ -70,11 +69,10 @@ class PPO(ClippedPolicyAlgorithm):
         self.critic: Critic | None = None
         self.warming_up = False
 
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self.critic is None:
-            backbone = self.policy_factory().train() if self.critic_kind == "separate" else None
-            self.critic = Critic(self.policy.config.hidden_size, backbone)
+    def build_models(self) -> None:
+        super().build_models()
+        backbone = self.policy_factory().train() if self.critic_kind == "separate" else None
+        self.critic = Critic(self.policy.config.hidden_size, backbone)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         (actor,) = super().parameter_groups()
@@ -125,10 +123,6 @@ class PPO(ClippedPolicyAlgorithm):
         )
         return LossOutput(self.value_coef * loss_sum, metrics)
 
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, *args: Any, **kwargs: Any
-    ) -> None:
-        if self.warming_up:
-            for parameter in self.policy.parameters():
-                parameter.grad = None
-        super().configure_gradient_clipping(optimizer, *args, **kwargs)
+    @property
+    def frozen_groups(self) -> tuple[str, ...]:
+        return ("policy",) if self.warming_up else ()

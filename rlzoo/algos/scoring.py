@@ -15,6 +15,7 @@ from rlzoo.doctor import gap_figures, likely_cause
 from rlzoo.errors import UserError, check_at_least
 from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import Plan, collate
+from rlzoo.models.gather import through
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
 
@@ -63,19 +64,24 @@ class ScoringModule(OptimizationModule):
 
     def forward_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
         """`piece_scores` of a microbatch, in checkpointed pieces if it is too large."""
+        return through(self.policy, self.scores_in_pieces, batch)
+
+    def scores_in_pieces(self, batch: RolloutBatch) -> dict[str, Tensor]:
         slices = batch.row_slices(self.max_tokens_per_microbatch)
         if len(slices) == 1:
             return self.piece_scores(batch)
+        padded = batch.with_rows(len(slices)).tensors()
 
         def piece(rows: slice) -> dict[str, Tensor]:
-            tensors = {name: tensor[rows] for name, tensor in batch.tensors().items()}
+            tensors = {name: tensor[rows] for name, tensor in padded.items()}
             return self.piece_scores(RolloutBatch(tensors, batch.divisor))
 
         if torch.is_grad_enabled():
             parts = [checkpoint(piece, rows, use_reentrant=False) for rows in slices]
         else:
             parts = [piece(rows) for rows in slices]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        count = len(batch.input_ids)
+        return {name: torch.cat([part[name] for part in parts])[:count] for name in parts[0]}
 
     def piece_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
         """`logprobs` and `entropy` of the policy being trained, each [B, T]."""
@@ -84,11 +90,19 @@ class ScoringModule(OptimizationModule):
         )
         return scores._asdict()
 
+    def agree_on_pieces(self, batches: Sequence[RolloutBatch]) -> None:
+        """Gives each microbatch as many pieces as the rank that needs most: where weights are
+        sharded, every forward pass is an exchange that all ranks must take part in."""
+        needed = [batch.pieces_needed(self.max_tokens_per_microbatch) for batch in batches]
+        for batch, counts in zip(batches, zip(*all_gather(needed), strict=True), strict=True):
+            batch.pieces = max(counts)
+
     def score_batch(self, batch: RolloutBatch, old: bool) -> dict[str, Tensor]:
         """What is kept of a scored microbatch, each [B, T] by the name it has in RolloutBatch."""
         kept = {"old_logprobs": self.forward_scores(batch)["logprobs"]} if old else {}
         if self._reference:
-            scores = response_scores(self._reference[0], batch, self.temperature)
+            reference = self._reference[0]
+            scores = through(reference, response_scores, reference, batch, self.temperature)
             kept["ref_logprobs"] = scores.logprobs
         return kept
 
@@ -112,11 +126,14 @@ class ScoringModule(OptimizationModule):
         if not old and not self._reference:
             return
         rank, world_size = world()
+        limit = self.max_tokens_per_microbatch
         mine: dict[str, dict[int, Tensor]] = {}
-        for chunk in self.chunks(rollouts, indices, world_size)[rank::world_size]:
+        for chunk in chunked(rollouts, indices, limit, world_size)[rank::world_size]:
             plan = Plan(chunk, torch.ones(len(chunk)), 1.0)
             batch = collate(rollouts, plan, self.pad_token_id).to(self.device)
-            for name, scores in self.score_batch(batch, old).items():
+            with self.trainer.precision_plugin.forward_context():  # as in training
+                found = self.score_batch(batch, old)
+            for name, scores in found.items():
                 rows = zip(chunk, scores.cpu(), strict=False)  # an empty chunk has one blank row
                 mine.setdefault(name, {}).update(
                     {i: row[: len(rollouts.responses[i])].clone() for i, row in rows}
@@ -128,19 +145,8 @@ class ScoringModule(OptimizationModule):
                 scores = rollouts.scores.setdefault(name, list(nothing))
                 for i, row in found.items():
                     scores[i] = row
-        for i in indices if old else ():
-            self.note_gap(rollouts.scores["old_logprobs"][i], rollouts.sampler_logprobs[i])
-
-    def chunks(self, rollouts: Rollouts, indices: Sequence[int], parts: int) -> list[list[int]]:
-        """Rollouts of like length together, within the token limit; a multiple of `parts`."""
-        chunks: list[list[int]] = []
-        width = 0
-        for i in sorted(indices, key=lambda i: -rollouts.num_tokens(i)):
-            if not chunks or (len(chunks[-1]) + 1) * width > self.max_tokens_per_microbatch:
-                chunks.append([])
-                width = rollouts.num_tokens(i)
-            chunks[-1].append(i)
-        return chunks + [[]] * (-len(chunks) % parts)
+        for i, logprobs in mine.get("old_logprobs", {}).items():
+            self.note_gap(logprobs, rollouts.sampler_logprobs[i])
 
     # --- engine against trainer -------------------------------------------------------------
 
@@ -148,13 +154,13 @@ class ScoringModule(OptimizationModule):
         """Adds |trainer - engine| log-probs of the same tokens and weights to the step's."""
         self._gaps.append((logprobs - sampler_logprobs).abs().float().cpu())
 
-    @property
     def gap(self) -> dict[str, float]:
-        """`rlzoo.doctor.gap_figures` of the rollout step so far."""
-        return gap_figures(torch.cat(self._gaps)) if self._gaps else {}
+        """`rlzoo.doctor.gap_figures` of the rollout step so far, over all ranks; collective."""
+        noted = [gaps for part in all_gather(self._gaps) for gaps in part]
+        return gap_figures(torch.cat(noted)) if noted else {}
 
     def check_gap(self) -> None:
-        mean_gap = self.gap.get("logprob_gap/mean", 0.0)
+        mean_gap = self.gap().get("logprob_gap/mean", 0.0)
         if mean_gap > self.max_logprob_gap:
             raise UserError(
                 f"The engine's log-probs differ from the trainer's by {mean_gap:.3g} nats a token"
@@ -164,11 +170,31 @@ class ScoringModule(OptimizationModule):
 
     # --- models -----------------------------------------------------------------------------
 
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self.needs_reference and not self._reference:
+    def build_models(self) -> None:
+        super().build_models()
+        if self.needs_reference:
             self._reference = [self.policy_factory().eval().requires_grad_(False)]
+
+    @property
+    def side_models(self) -> list[nn.Module]:
+        """Frozen models beside the trained ones, for a strategy to shard."""
+        return self._reference
 
     def on_fit_start(self) -> None:
         for reference in self._reference:
             reference.to(self.device)
+
+
+def chunked(
+    rollouts: Rollouts, indices: Sequence[int], max_tokens: int, parts: int
+) -> list[list[int]]:
+    """Rollouts of like length together, within a token limit; as many chunks as a multiple of
+    `parts`, so some may be empty."""
+    chunks: list[list[int]] = []
+    width = 0
+    for i in sorted(indices, key=lambda i: -rollouts.num_tokens(i)):
+        if not chunks or (len(chunks[-1]) + 1) * width > max_tokens:
+            chunks.append([])
+            width = rollouts.num_tokens(i)
+        chunks[-1].append(i)
+    return chunks + [[]] * (-len(chunks) % parts)

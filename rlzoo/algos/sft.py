@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from rlzoo.algos.optimization import OptimizationModule
 from rlzoo.logprobs import response_scores
 from rlzoo.metrics import WeightedMeans
+from rlzoo.models.gather import through
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch
 
 
@@ -35,7 +36,7 @@ class SFT(OptimizationModule):
         self.means = WeightedMeans()  # of the step, over tokens
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
-        scores = response_scores(self.policy, batch, temperature=1.0)
+        scores = through(self.policy, response_scores, self.policy, batch, 1.0)
         self.divisor = batch.divisor
         loss_sum = -(batch.weights * scores.logprobs).sum()
         self.means.update({"loss": loss_sum.detach()}, batch.weights.sum())
@@ -47,7 +48,7 @@ class SFT(OptimizationModule):
         total = weight = 0.0
         for batch in batches:
             batch = batch.to(self.device)
-            scores = response_scores(self.policy, batch, temperature=1.0)
+            scores = through(self.policy, response_scores, self.policy, batch, 1.0)
             total -= float((batch.weights * scores.logprobs).sum())
             weight += float(batch.weights.sum())
         return total / weight

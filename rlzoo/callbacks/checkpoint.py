@@ -8,30 +8,40 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from rlzoo.callbacks.boundary import BoundaryCallback
-from rlzoo.errors import UserError
-
-FORMAT = 1  # of the checkpoint; raised when old ones can no longer be resumed
+from rlzoo.checkpoints import FORMAT, saved_by
+from rlzoo.distributed import all_gather
+from rlzoo.errors import check_at_least
 
 
 class Checkpoint(BoundaryCallback):
-    """Saves at boundaries: `checkpoints/last.ckpt`, and `best.ckpt` by a validation metric.
+    """Saves at boundaries, to `checkpoints/step_N.ckpt`; `last.ckpt` and `best.ckpt` point there.
 
     Runs last, so that all outputs of the step are written. A checkpoint is whole or absent: it is
-    written aside and renamed. It holds how many rows each logger had written, and a resume cuts
-    their files back to that. Stops the run when the ledger's limits are reached.
+    written aside and renamed, and older ones are removed after that. Under DDP it is a file, under
+    DeepSpeed and FSDP a folder with a part for each rank. It holds how many rows each logger had
+    written, and a resume cuts their files back to that. Stops the run when the ledger's limits are
+    reached.
 
     Args:
         run_dir: where `checkpoints/` is.
         every: rollout steps between two checkpoints.
         monitor: column of metrics.csv whose largest value is the best; null keeps no best.
+        keep_best: checkpoints kept beside the last one, those with the largest `monitor`.
     """
 
-    def __init__(self, run_dir: str, every: int = 1, monitor: str | None = "val/avg_at_8") -> None:
-        if every < 1:
-            raise UserError(f"callbacks.checkpoint.every must be at least 1, got {every}.")
+    def __init__(
+        self,
+        run_dir: str,
+        every: int = 1,
+        monitor: str | None = "val/avg_at_8",
+        keep_best: int = 1,
+    ) -> None:
+        check_at_least("callbacks.checkpoint.every", every, 1)
+        check_at_least("callbacks.checkpoint.keep_best", keep_best, 0)
         self.folder, self.every, self.monitor = Path(run_dir) / "checkpoints", every, monitor
-        self.best: float | None = None
-        self._logger_states: list[dict] = []
+        self.keep_best = keep_best if monitor is not None else 0
+        self.best: list[tuple[float, str]] = []  # (score, name) of those kept, the best one first
+        self.stopped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
@@ -39,46 +49,81 @@ class Checkpoint(BoundaryCallback):
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
         stopping = data.stop_reason() is not None
-        score = trainer.datamodule.last_row.get(self.monitor)
-        improved = score is not None and (self.best is None or score > self.best)
+        score = all_gather(data.last_row.get(self.monitor))[0]  # rank 0 alone has the row
+        name = f"step_{data.rollout_step:06d}.ckpt"
+        improved = self.improves(score)
         if improved:
-            self.best = score
-        if stopping or improved or data.rollout_step % self.every == 0:
+            self.best = sorted([*self.best, (score, name)], key=lambda kept: -kept[0])
+            self.best = self.best[: self.keep_best]
+        if stopping or improved or data.preempted() or data.rollout_step % self.every == 0:
             with data.ledger.phase("checkpointing"):
-                self.save(trainer, improved)
+                self.save(trainer, name)
         if stopping:
             trainer.should_stop = True
 
-    def save(self, trainer: Trainer, improved: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def improves(self, score: float | None) -> bool:
+        if score is None or not self.keep_best:
+            return False
+        return len(self.best) < self.keep_best or score > self.best[-1][0]
+
+    def save(self, trainer: Trainer, name: str) -> None:
         for logger in trainer.loggers:
             if hasattr(logger, "flush"):
                 logger.flush()
-        partial, last = self.folder / "last.ckpt.partial", self.folder / "last.ckpt"
+        partial = self.folder / f"{name}.partial"
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove(partial)
+        trainer.strategy.barrier("rlzoo.checkpoint")
         try:
             trainer.save_checkpoint(partial)
         except OSError:
-            partial.unlink(missing_ok=True)  # on a full disk, half a checkpoint takes the last room
+            remove(partial)  # on a full disk, half a checkpoint takes the last room
             raise
-        if improved and trainer.is_global_zero:
-            best = self.folder / "best.ckpt.partial"
-            shutil.copyfile(partial, best)
-            os.replace(best, self.folder / "best.ckpt")
         if trainer.is_global_zero:
-            os.replace(partial, last)
+            self.publish(partial, name)
+
+    def publish(self, partial: Path, name: str) -> None:
+        """Makes a whole checkpoint the last one, and removes those that are no longer kept."""
+        remove(self.folder / name)
+        os.replace(partial, self.folder / name)
+        point(self.folder / "last.ckpt", name)
+        if self.best:
+            point(self.folder / "best.ckpt", self.best[0][1])
+        kept = {name, *(best for _, best in self.best)}
+        for path in self.folder.glob("step_*"):
+            if path.name not in kept:
+                remove(path)
 
     def state_dict(self) -> dict[str, Any]:
-        loggers = self._trainer.loggers
+        module, loggers = self._trainer.lightning_module, self._trainer.loggers
         states = [x.state_dict() if hasattr(x, "state_dict") else {} for x in loggers]
-        return {"format": FORMAT, "best": self.best, "loggers": states}
+        by = {
+            "strategy": type(self._trainer.strategy).__name__,
+            "ranks": self._trainer.world_size,
+            "model": module.model_name,
+        }
+        return {"format": FORMAT, "best": self.best, "loggers": states, "saved_by": by}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["format"] != FORMAT:
-            raise UserError(
-                f"The checkpoint has format {state['format']}, this version of rlzoo reads"
-                f" {FORMAT}. Take its weights alone with init_from=CHECKPOINT."
-            )
-        self.best = state["best"]
+        saved_by({"callbacks": {"Checkpoint": state}})
+        self.best = [(score, name) for score, name in state["best"]]
         for logger, logger_state in zip(self._trainer.loggers, state["loggers"], strict=True):
             if logger_state:
                 logger.load_state_dict(logger_state)
+
+
+def point(link: Path, name: str) -> None:
+    """Makes `link` point to `name` beside it, at once: it is never absent."""
+    aside = link.with_name(f"{link.name}.partial")
+    remove(aside)
+    aside.symlink_to(name)
+    os.replace(aside, link)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, link or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

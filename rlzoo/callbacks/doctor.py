@@ -46,7 +46,7 @@ class Doctor(Callback):
         pairs = zip(old, data.rollouts.sampler_logprobs, strict=True)
         gaps = [(ours - theirs).abs() for ours, theirs in pairs if len(ours)]
         if gaps:
-            line = verdict(pl_module.gap, likely_cause(gaps, self.probe_gap), pl_module.max_logprob_gap)
+            line = verdict(pl_module.gap(), likely_cause(gaps, self.probe_gap), pl_module.max_logprob_gap)
             data.bars.print_line(line)
         if self.stop:
             raise Diagnosed

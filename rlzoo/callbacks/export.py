@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 
@@ -18,6 +19,14 @@ class Export(Callback):
         self.folder, self.tokenizer = Path(run_dir) / "policy", tokenizer
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state = whole_state(pl_module, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
-            pl_module.policy.save_pretrained(self.folder)
+            pl_module.policy.save_pretrained(self.folder, state_dict=state)
             self.tokenizer.save_pretrained(self.folder)
+
+
+def whole_state(module: LightningModule, keep: bool) -> dict[str, Tensor]:
+    """The policy's weights on the CPU; collective, so that ranks that do not keep them walk along."""
+    return {
+        name: tensor.detach().cpu().clone() for name, tensor in module.named_weights() if keep
+    }

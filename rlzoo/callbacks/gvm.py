@@ -4,13 +4,16 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from rlzoo.algos.scoring import chunked
 from rlzoo.callbacks.replan import Replan
+from rlzoo.distributed import all_gather, world
 from rlzoo.errors import UserError
 from rlzoo.gradnorms import head_gradient_norm
 from rlzoo.logprobs import response_hidden
-from rlzoo.microbatching import Plan, balance, collate
+from rlzoo.microbatching import Plan, collate
+from rlzoo.models.gather import gathered_in_place, through
 from rlzoo.selection import correct
-from rlzoo.types import Prompt, Rollouts
+from rlzoo.types import Prompt, RolloutBatch, Rollouts
 
 
 class GVM(Replan):
@@ -40,7 +43,7 @@ class GVM(Replan):
         data = trainer.datamodule
         rollouts = data.drawer.draw(prompts, [self.pilots] * len(prompts), "pilot", data.rollout_step)
         accepted = correct(rollouts.rewards)
-        with data.ledger.phase("planning"):
+        with data.ledger.phase("planning"), trainer.precision_plugin.forward_context():
             norms = gradient_norms(
                 pl_module.policy,
                 rollouts,
@@ -77,21 +80,32 @@ def gradient_norms(
 ) -> Tensor:
     """[len(indices)] head gradient norm of each named rollout's summed log-prob (algorithms.md 2.2).
 
-    Forward passes only, over rollouts of similar length together.
+    Forward passes only, over rollouts of similar length together. Collective: every rank takes its
+    share of the rollouts, in as many passes as the others, and returns the norms of all.
     """
-    norms = torch.zeros(len(indices))
-    head = policy.get_output_embeddings()
-    device = head.weight.device
-    costs = [
-        len(rollouts.responses[i]) + len(rollouts.prompts[int(rollouts.group_ids[i])].token_ids)
-        for i in indices
-    ]
-    for part in balance(costs, -(-sum(costs) // max_tokens)) if indices else []:
-        plan = Plan([indices[j] for j in part], torch.ones(len(part)), 1.0)
+    rank, world_size = world()
+    device = policy.get_output_embeddings().weight.device
+    mine: dict[int, float] = {}
+    for chunk in chunked(rollouts, indices, max_tokens, world_size)[rank::world_size]:
+        plan = Plan(chunk, torch.ones(len(chunk)), 1.0)
         batch = collate(rollouts, plan, pad_token_id=0).to(device)
-        lengths = batch.response_mask.sum(-1).tolist()
-        tokens = batch.response_ids[batch.response_mask].split(lengths)
-        for j, hidden, token in zip(part, response_hidden(policy, batch).split(lengths), tokens):
-            bias = getattr(head, "bias", None)
-            norms[j] = head_gradient_norm(hidden, head.weight, token, temperature, bias).cpu()
-    return norms
+        norms = through(policy, head_norms, policy, batch, temperature)
+        mine |= dict(zip(chunk, norms.tolist(), strict=False))  # an empty chunk has one blank row
+    found = {i: norm for part in all_gather(mine) for i, norm in part.items()}
+    return torch.tensor([found[i] for i in indices])
+
+
+def head_norms(policy: torch.nn.Module, batch: RolloutBatch, temperature: float) -> Tensor:
+    """[B] head gradient norm of each row's response."""
+    head = policy.get_output_embeddings()
+    lengths = batch.response_mask.sum(-1).tolist()
+    tokens = batch.response_ids[batch.response_mask].split(lengths)
+    hidden = response_hidden(policy, batch).split(lengths)
+    with gathered_in_place(head.parameters()):
+        bias = getattr(head, "bias", None)
+        return torch.stack(
+            [
+                head_gradient_norm(h, head.weight, t, temperature, bias)
+                for h, t in zip(hidden, tokens, strict=True)
+            ]
+        )

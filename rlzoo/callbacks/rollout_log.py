@@ -42,7 +42,7 @@ class RolloutLog(BoundaryCallback):
 
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
-        row = rollout_figures(data.rollouts) | pl_module.means.compute() | pl_module.gap
+        row = rollout_figures(data.rollouts) | pl_module.means.compute() | pl_module.gap()
         row |= mean_norms(pl_module.grad_norms)
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         pl_module.means.reset()
@@ -56,6 +56,7 @@ class RolloutLog(BoundaryCallback):
     def write_row(self, trainer: Trainer, figures: dict[str, float]) -> None:
         data = trainer.datamodule
         if world()[0] != 0:
+            data.row = {}
             return
         spent = data.ledger.row()
         epoch = max(0, data.rollout_step - 1) // data.steps_per_epoch

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlzoo.logprobs import response_scores, vocabulary_size
 from rlzoo.microbatching import Plan, collate
+from rlzoo.models.gather import through
 from rlzoo.types import Prompt, Rollouts
 
 SEQUENCES, LENGTH = 8, 16  # of the probe; tokens
@@ -34,7 +35,7 @@ def trainer_scores(
     rollouts = as_rollouts(sequences)
     count = len(sequences)
     batch = collate(rollouts, Plan(list(range(count)), torch.ones(count), 1.0), 0).to(device)
-    scores = response_scores(policy, batch, 1.0).logprobs.cpu()
+    scores = through(policy, response_scores, policy, batch, 1.0).logprobs.cpu()
     return [row[: len(s) - 1] for row, s in zip(scores, sequences, strict=True)]
 
 

@@ -37,4 +37,4 @@ class Critic(nn.Module):
         if self.backbone is not None:
             hidden = response_hidden(self.backbone, batch)
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())[:, 0]
+            return self.head(hidden.to(self.head.weight.dtype)).float()[:, 0]

@@ -1,18 +1,90 @@
-"""Whole parameters from sharded ones, one at a time, so that no process holds the model twice."""
+"""Whole parameters from sharded ones, and forward passes around which sharding hooks run.
+
+Collective under FSDP and ZeRO-3: every rank makes the same calls in the same order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """FSDP's DTensor gathered; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter whole, by its name; collective: every rank walks the iterator in step.
+    """Each parameter whole, by its name, one at a time, so that no process holds the model twice.
 
-    FSDP's DTensors are gathered as they are asked for; a parameter that is whole is passed on as it
-    is. What is yielded may be kept: it is no buffer that the next step overwrites.
+    What is yielded may be kept: it is no buffer that the next step overwrites.
     """
     for name, parameter in named_parameters:
-        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if is_partitioned(parameter):
+            with gathered_in_place([parameter]):
+                yield name, parameter.data.clone()
+        else:
+            yield name, whole(parameter)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds it in parts."""
+    return hasattr(parameter, "ds_id")
+
+
+def gathered_in_place(
+    parameters: Iterable[Tensor], modify: bool = False
+) -> AbstractContextManager[None]:
+    """Within it, ZeRO-3's parameters are whole; others always are.
+
+    Args:
+        modify: whether rank 0's changes are kept, on every rank.
+    """
+    parts = [p for p in parameters if is_partitioned(p)]
+    if not parts:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if modify else None)
+
+
+def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """`module.load_state_dict` from whole tensors, also where ZeRO-3 holds the module in parts.
+
+    Raises:
+        RuntimeError: names or shapes differ.
+    """
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
+    if not any(map(is_partitioned, own.values())):
+        module.load_state_dict(state)
+        return
+    for name, tensor in state.items():
+        shape = getattr(own.get(name), "ds_shape", getattr(own.get(name), "shape", None))
+        if shape != tensor.shape:
+            raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, the model's is {shape}")
+        with torch.no_grad(), gathered_in_place([own[name]], modify=True):
+            own[name].data.copy_(tensor)
+
+
+def through(module: nn.Module, function: Callable[..., T], *arguments: Any) -> T:
+    """function(*arguments), run as if it were the module's forward, if FSDP shards the module.
+
+    FSDP gathers a module's own parameters around its forward alone, and rlzoo calls the backbone
+    and the head, never the whole policy, so that logits never stand in memory whole.
+    """
+    if not isinstance(module, FSDPModule):
+        return function(*arguments)
+    own = module.forward
+    module.forward = function
+    try:
+        return module(*arguments)
+    finally:
+        module.forward = own

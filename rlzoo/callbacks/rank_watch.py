@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+
+from lightning import Callback, LightningModule, Trainer
+from torch.distributed import TCPStore
+
+from rlzoo.distributed import all_gather, world
+from rlzoo.errors import UserError, check_at_least
+
+BEAT = 1.0  # seconds between two signs of life
+LOST_RANK = 70  # exit code of a run that lost a rank
+SYMPTOMS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "NCCL")
+
+
+class RankWatch(Callback):
+    """Ends every rank soon after one has died, and says which: without it the others would wait for
+    that rank until the process group's time-out.
+
+    Each rank gives a sign of life every second, from a thread, through a store that rank 0 keeps.
+
+    Args:
+        patience: seconds without a sign after which a rank counts as dead.
+    """
+
+    def __init__(self, patience: float = 30.0) -> None:
+        check_at_least("callbacks.rank_watch.patience", patience, 5)
+        self.patience = patience
+        self.done = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rank, size = world()
+        if size == 1 or self.thread is not None:
+            return
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        timeout = timedelta(seconds=self.patience)
+        port = None
+        if rank == 0:
+            self.server = TCPStore(
+                host, 0, is_master=True, wait_for_workers=False, timeout=timeout
+            )
+            port = self.server.port
+        port = all_gather(port)[0]
+        self.store = TCPStore(host, port, is_master=False, timeout=timeout)
+        names = all_gather(f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
+        self.names, self.rank = names, rank
+        self.thread = threading.Thread(target=self.watch, daemon=True, name="rank-watch")
+        self.thread.start()
+
+    def watch(self) -> None:
+        seen = {other: ("", time.monotonic()) for other in range(len(self.names))}
+        beats = 0
+        while not self.done.wait(BEAT):
+            beats += 1
+            lost = self.look(beats, seen)
+            if lost is not None and not self.done.is_set():
+                say(f"{lost} Stopping; go on with ckpt_path=last.")
+                os._exit(LOST_RANK)
+
+    def look(self, beats: int, seen: dict[int, tuple[str, float]]) -> str | None:
+        """One round: our sign, and what is wrong with the others, if anything."""
+        try:
+            self.store.set(f"beat/{self.rank}", str(beats))
+            for other in seen:
+                key = f"beat/{other}"
+                found = self.store.get(key).decode() if self.store.check([key]) else ""
+                if found != seen[other][0]:
+                    seen[other] = (found, time.monotonic())
+                quiet = time.monotonic() - seen[other][1]
+                if found.startswith("failed:") and quiet > 3 * BEAT:
+                    return f"{self.names[other]} failed: {found.removeprefix('failed:')}."
+                if quiet > self.patience and found != "done":
+                    return f"{self.names[other]} gave no sign of life for {quiet:.0f} s."
+        except (RuntimeError, OSError):  # rank 0's store is gone, and so is rank 0
+            return f"{self.names[0]} is gone."
+        return None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Tells the others why; or, where the exception only says that a peer is gone, waits until
+        it is known who, and ends with that."""
+        if self.thread is None or isinstance(exception, UserError):
+            return
+        if any(symptom in str(exception) for symptom in SYMPTOMS):
+            self.thread.join(self.patience + 10)
+        self.close(f"failed:{type(exception).__name__}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.thread is not None:
+            self.close("done")
+            all_gather("done")  # rank 0 keeps the store until all have said so
+
+    def close(self, last_word: str) -> None:
+        self.done.set()
+        self.thread.join(2 * BEAT)
+        try:
+            self.store.set(f"beat/{self.rank}", last_word)
+        except (RuntimeError, OSError):
+            pass  # nobody is left to read it
+
+
+def say(message: str) -> None:
+    print(f"rlzoo: {message}", file=sys.stderr, flush=True)

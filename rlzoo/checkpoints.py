@@ -1,0 +1,98 @@
+"""What a checkpoint on the disk holds, whichever strategy wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlzoo.errors import UserError
+
+FORMAT = 2  # of the checkpoint; raised when old ones can no longer be resumed
+DEEPSPEED_TAG = "checkpoint"  # Lightning's name for the folder of DeepSpeed's shards
+FSDP_META = "meta.pt"  # Lightning's name for what is not sharded
+
+
+def kind_of(path: Path) -> str:
+    """"file", "deepspeed" or "fsdp"; a ValueError for anything else."""
+    if path.is_file():
+        return "file"
+    if (path / DEEPSPEED_TAG).is_dir():
+        return "deepspeed"
+    if (path / FSDP_META).is_file():
+        return "fsdp"
+    raise ValueError(f"{path} is neither a file nor a folder that DeepSpeed or FSDP wrote")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """All that is not sharded: counts, positions, the callbacks' states; in a file, weights too.
+
+    Nothing in the checkpoint is run: every part is read with torch's `weights_only`.
+    """
+    kind = kind_of(path)
+    if kind == "deepspeed":
+        shards = sorted((path / DEEPSPEED_TAG).glob("*.pt"))
+        for shard in shards:  # DeepSpeed reads them without `weights_only`, so they are read before
+            state = load_safely(shard)
+            if "module" in state:
+                found = state
+        return found
+    return load_safely(path if kind == "file" else path / FSDP_META)
+
+
+def load_safely(path: Path) -> dict[str, Any]:
+    with torch.serialization.safe_globals(harmless_globals()):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def harmless_globals() -> list[Any]:
+    """Classes of DeepSpeed's own that its shards name; they hold numbers alone."""
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+    except ImportError:
+        return []
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def whole_weights(path: Path) -> dict[str, Tensor]:
+    """Every parameter of the trained module, whole, on the CPU, by the module's own names.
+
+    Raises:
+        UserError: DeepSpeed wrote it and is not installed here.
+    """
+    kind = kind_of(path)
+    if kind == "file":
+        return load_safely(path)["state_dict"]
+    if kind == "deepspeed":
+        try:
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        except ImportError as error:
+            raise UserError(
+                f"{path} was written by DeepSpeed, which is not installed here: install"
+                " rlzoo[deepspeed]."
+            ) from error
+        read_state(path)
+        found = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=DEEPSPEED_TAG)
+        return {name: tensor.clone() for name, tensor in found.items()}
+    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+    return _load_distributed_checkpoint(path)["state_dict"]
+
+
+def saved_by(state: dict[str, Any]) -> dict[str, Any]:
+    """How the run was set up that saved it: `strategy`, `ranks`, `model`.
+
+    Raises:
+        UserError: it has another format, or is no checkpoint of rlzoo's.
+    """
+    mine = state.get("callbacks", {}).get("Checkpoint", {})
+    if mine.get("format") != FORMAT:
+        raise UserError(
+            f"The checkpoint has format {mine.get('format')}, this version of rlzoo reads {FORMAT}."
+            " Take its weights alone with init_from=CHECKPOINT."
+        )
+    return mine["saved_by"]

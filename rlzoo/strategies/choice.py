@@ -1,0 +1,21 @@
+"""Strategies that are Lightning's own, as they are."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from lightning.pytorch.strategies import DDPStrategy
+
+
+def auto() -> str:
+    """Lightning's choice: one process needs no strategy, several get DDP."""
+    return "auto"
+
+
+def ddp(timeout: float = 1800.0) -> DDPStrategy:
+    """Every process holds the whole policy; gradients are averaged.
+
+    Args:
+        timeout: seconds that a process waits for the others in one exchange.
+    """
+    return DDPStrategy(timeout=timedelta(seconds=timeout))

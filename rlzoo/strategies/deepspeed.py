@@ -1,0 +1,237 @@
+"""DeepSpeed's ZeRO under Lightning, on CUDA and on CPUs, its updates as every other strategy's."""
+
+from __future__ import annotations
+
+import logging
+import math
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import MethodType
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rlzoo.errors import UserError, check_choice
+
+
+class DeepSpeed(DeepSpeedStrategy):
+    """ZeRO stages 1 to 3 (arXiv:1910.02054).
+
+    Differs from Lightning's strategy in four things: it runs on CPUs (over gloo); the gradient is
+    divided by the accumulation count once, by Lightning, and not again by DeepSpeed; each parameter
+    group is clipped by its own norm, and an update without anything to learn from is skipped, as
+    under every other strategy; models that transformers builds are sharded as they are loaded.
+
+    Args:
+        stage: what processes share: 1 optimizer states, 2 gradients too, 3 weights too.
+        offload: keeps optimizer states, and in stage 3 weights, in host memory.
+        persistence_threshold: elements up to which a parameter stays whole in stage 3.
+        timeout: seconds that a process waits for the others in one exchange.
+        options: further settings of DeepSpeed's `zero_optimization`.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        stage: int = 2,
+        offload: bool = False,
+        persistence_threshold: int = 100_000,
+        timeout: float = 1800.0,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        check_choice("strategy.stage", stage, (1, 2, 3))
+        import_deepspeed(stage)
+        zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
+        if stage == 3:
+            zero["stage3_param_persistence_threshold"] = persistence_threshold
+        if offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+            if stage == 3:
+                zero["offload_param"] = {"device": "cpu"}
+        config = {
+            "zero_optimization": zero | dict(options or {}),
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # any torch optimizer steps in host memory too
+            "gradient_clipping": 0.0,  # `group_updates` clips
+            "steps_per_print": None,
+        }
+        super().__init__(config=config, timeout=timedelta(seconds=timeout))
+        self._side_engines: list[Any] = []
+
+    # --- on a CPU ---------------------------------------------------------------------------
+
+    @property
+    def on_cpu(self) -> bool:
+        return isinstance(self.accelerator, CPUAccelerator)
+
+    def setup_environment(self) -> None:
+        if not self.on_cpu:
+            super().setup_environment()
+        else:
+            DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        if not self.on_cpu:
+            super().setup_distributed()
+            return
+        import deepspeed
+
+        # Gloo alone: the exchange through shared memory is compiled for most of a minute at its
+        # first use, and a run killed meanwhile leaves a lock that all later ones wait for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Optimizer]:
+        import deepspeed
+
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        engine, zero_optimizer, _, _ = deepspeed.initialize(
+            args=Namespace(device_rank=self.local_rank),  # a CPU has no index
+            config=self.config,
+            model=model,
+            model_parameters=parameters,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        group_updates(zero_optimizer, self)
+        return engine, zero_optimizer
+
+    # --- the model --------------------------------------------------------------------------
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """In stage 3, models that transformers loads are partitioned tensor by tensor; what else is
+        built here is partitioned whole when training is set up."""
+        self._init_config_if_needed()
+        held = None
+        if self.zero_stage_3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            held = HfDeepSpeedConfig(self.config)  # transformers looks at it through a weak reference
+        yield
+        del held
+
+    def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        super()._initialize_deepspeed_train(model)
+        if not self.zero_stage_3:
+            return
+        import deepspeed
+
+        zero = {k: v for k, v in self.config["zero_optimization"].items() if k != "offload_optimizer"}
+        config = {k: v for k, v in self.config.items() if k != "gradient_accumulation_steps"}
+        for side in getattr(self.lightning_module, "side_models", ()):
+            # An engine of its own, without optimizer, gathers the frozen model's parts.
+            engine = deepspeed.initialize(
+                args=Namespace(device_rank=self.local_rank),
+                config=config | {"zero_optimization": zero},
+                model=side,
+                dist_init_required=False,
+            )[0]
+            self._side_engines.append(engine.eval())
+
+    # --- updates ----------------------------------------------------------------------------
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided by the accumulation count; DeepSpeed would do so once more."""
+        return super().backward(closure_loss, *args, scale_wrt_gas=False, **kwargs)
+
+
+def import_deepspeed(stage: int) -> None:
+    """Imports DeepSpeed, without the compiler commands that it tries and prints.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.WARNING)
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"strategy=deepspeed_zero{stage} needs DeepSpeed, which is not installed ({error})."
+            " Install rlzoo[deepspeed], or take strategy=fsdp or strategy=ddp."
+        ) from error
+    finally:
+        root.setLevel(level)
+
+
+def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
+    """Makes a ZeRO optimizer clip each parameter group by its own norm, and skip what must be.
+
+    ZeRO computes the norms of its partitioned gradients and then steps group by group (in stage 3,
+    by parts of groups). The norms are handed to the module, which says whether to go on; an update
+    to be skipped is reported to ZeRO as one that overflowed, which leaves weights and Adam's state
+    as they are. Reaches into deepspeed 0.19, since there is no public place for either.
+
+    Args:
+        optimizer: a DeepSpeedZeroOptimizer or DeepSpeedZeroOptimizer_Stage3.
+        strategy: whose module has `settle_update(norms) -> skip reason or None`.
+    """
+    third = hasattr(optimizer, "_get_norm_groups")
+    name = "_get_norm_groups" if third else "scaled_global_norm"
+    combine = getattr(optimizer, name)
+    step = optimizer._optimizer_step
+    scales: dict[str, float] = {}  # of the update in progress, by parameter group
+
+    def group_of(part: int) -> int:
+        return optimizer.sub_group_to_group_id[part] if third else part
+
+    def name_of(part: int) -> str:
+        return optimizer.param_groups[group_of(part)]["name"]
+
+    def norms_of_parts() -> list[Tensor]:
+        if third:
+            return combine()
+        if optimizer.cpu_offload:
+            norm = optimizer.complete_grad_norm_calculation_for_cpu_offload
+            return [norm(parameters) for parameters in optimizer.params_in_partition]
+        return [
+            optimizer.get_grad_norm_direct(optimizer.averaged_gradients[i], parameters)
+            for i, parameters in enumerate(optimizer.params_in_partition)
+        ]
+
+    def settled(*_: Any) -> Any:
+        """Norms for ZeRO to look at: those of the parts, or infinite ones to skip the update."""
+        module = strategy.lightning_module
+        limit = module.trainer.gradient_clip_val or math.inf
+        # DeepSpeed reports what is not finite as -1.
+        parts = [float(norm) if norm >= 0 else math.inf for norm in norms_of_parts()]
+        squares: Counter[str] = Counter()
+        for part, norm in enumerate(parts):
+            if name_of(part) not in module.frozen_groups:
+                squares[name_of(part)] += norm**2
+        norms = {name: math.sqrt(square) for name, square in squares.items()}
+        scales.update({name: min(1.0, limit / (norm + 1e-6)) for name, norm in norms.items()})
+        if module.settle_update(norms):
+            parts = [math.inf]
+        elif module.frozen_groups:
+            parts = list(norms.values())
+        found = torch.tensor(parts, device=strategy.root_device)
+        return list(found) if third else found.norm()
+
+    def clipped_step(_: Any, part: int) -> None:
+        if name_of(part) in strategy.lightning_module.frozen_groups:
+            return
+        shards = "fp32_partitioned_groups_flat" if third else "single_partition_of_fp32_groups"
+        getattr(optimizer, shards)[part].grad.mul_(scales[name_of(part)])
+        step(part)
+
+    optimizer.settles_updates = True
+    setattr(optimizer, name, settled)
+    optimizer._optimizer_step = MethodType(clipped_step, optimizer)

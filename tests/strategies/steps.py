@@ -1,0 +1,195 @@
+"""Optimizer steps on recorded rollouts under any strategy, on any number of ranks.
+
+`python -m tests.strategies.steps FOLDER RANK WORLD_SIZE PORT` runs every case of CASES as one rank
+of several and leaves what rank 0 got in FOLDER.
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
+
+from rlzoo.algos import PolicyAlgorithm
+from rlzoo.callbacks.gvm import gradient_norms
+from rlzoo.engines.base import weights_checksum
+from rlzoo.ledger import Ledger
+from rlzoo.models.gather import gathered
+from rlzoo.models.policy import load_policy
+from rlzoo.strategies import FSDP, DeepSpeed, ddp
+from rlzoo.types import RolloutBatch, Rollouts
+from tests.conftest import make_tiny_model
+from tests.recorded import recorded_rollouts
+from tests.zoo import build
+
+STRATEGIES = {
+    "ddp": ddp,
+    "fsdp": FSDP,
+    "zero1": lambda: DeepSpeed(stage=1),
+    "zero2": lambda: DeepSpeed(stage=2),
+    "zero3": lambda: DeepSpeed(stage=3, persistence_threshold=0),
+    "zero3_offload": lambda: DeepSpeed(stage=3, persistence_threshold=0, offload=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained on: one rollout step of uneven groups, or one of which a single one trains."""
+
+    algo: str
+    accumulate: int = 1
+    changes: tuple = ()  # of the algorithm's options
+    rights: int = 5  # rollouts of ten that are right
+    clip: float | None = None
+    poison: bool = False  # makes the first update's gradient not finite
+    tied: bool = False
+    updates: int = 1
+    decay: bool = False  # momentum and weight decay, which move weights without a gradient too
+
+    @property
+    def name(self) -> str:
+        parts = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k, None)]
+        return ",".join(parts).replace("/", "_")
+
+
+DOUBLE_DIVISION = Case("grpo", accumulate=4)
+CASES = [Case("grpo", accumulate=k) for k in (1, 2, 4)] + [
+    Case("raft", accumulate=2, changes=(("rejected", "drop"),), rights=1),  # a rank has nothing
+    Case("grpo", accumulate=2, tied=True, changes=(("kl_coef", 0.2),)),
+    Case("ppo", accumulate=2, clip=0.05),
+    Case("ppo", changes=(("critic_warmup", 99),)),
+    Case("iterative_dpo", accumulate=2),
+    Case("grpo", changes=(("max_tokens_per_microbatch", 40),), tied=True),  # checkpointed pieces
+    Case("raft", changes=(("rejected", "drop"),), rights=0, decay=True),  # nothing to learn from
+    Case("grpo", poison=True, decay=True, updates=2),  # the first update is skipped
+]
+
+
+class Stock(DeepSpeed):
+    """With the backward pass as Lightning has it, after which DeepSpeed divides once more."""
+
+    def backward(self, *args: object, **kwargs: object) -> Tensor:
+        return DeepSpeedStrategy.backward(self, *args, **kwargs)
+
+
+class OneStep(lightning.LightningDataModule):
+    """Hands out the microbatches of one recorded rollout step."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case, self.ledger = case, Ledger()
+
+    def rollouts(self) -> Rollouts:
+        rollouts = recorded_rollouts((3, 1, 4, 2))
+        rewards = torch.zeros(10)
+        rewards[[0, 3, 4, 5, 8][: self.case.rights]] = 1.0
+        return dataclasses.replace(rollouts, rewards=rewards)
+
+    def train_dataloader(self) -> "OneStep":
+        return self
+
+    def __len__(self) -> int:
+        return self.case.updates * self.case.accumulate
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        algo = self.trainer.lightning_module
+        algo.must_score_old = lambda first: True
+        batches = algo.prepare(self.rollouts())
+        if self.case.poison:
+            for batch in batches[: self.case.accumulate]:
+                batch.advantages = batch.advantages * float("nan")
+        yield from batches
+
+
+def policy_folder(folder: Path, tied: bool) -> Path:
+    """A directory with the tiny model, as transformers saves it."""
+    path = folder / f"policy_tied_{tied}"
+    if not path.exists():
+        make_tiny_model(spread=0.1, tied=tied).save_pretrained(path)
+    return path
+
+
+def made(case: Case, folder: Path) -> PolicyAlgorithm:
+    path = str(policy_folder(folder, case.tied))
+    changes = {"updates": case.updates} | dict(case.changes)
+    algo = build(case.algo, policy=lambda: load_policy(path), configure=False, **changes)
+    if case.decay:
+        kind = functools.partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=0.1)
+        algo.optimizer_factory = kind
+    return algo
+
+
+def one_step(case: Case, strategy: object, devices: int, folder: Path) -> dict[str, Tensor]:
+    """The weights after the case's updates, whole, and what else must agree over strategies."""
+    algo, data = made(case, folder), OneStep(case)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        max_epochs=1,
+        accumulate_grad_batches=case.accumulate,
+        gradient_clip_val=case.clip,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[Last()],
+    )
+    trainer.fit(algo, datamodule=data)
+    return trainer.callbacks[0].found
+
+
+class Last(lightning.Callback):
+    """Reads everything off while the strategy still stands."""
+
+    def on_train_end(self, trainer: lightning.Trainer, algo: PolicyAlgorithm) -> None:
+        data = trainer.datamodule
+        critic = (pair for pair in algo.named_parameters() if pair[0].startswith("critic."))
+        self.found = {name: tensor.clone() for name, tensor in algo.named_weights()}
+        self.found |= {name: tensor.clone() for name, tensor in gathered(critic)}
+        norms = gradient_norms(
+            algo.policy, data.rollouts(), [0, 4, 5], temperature=1.0, max_tokens=60
+        )
+        grads = {k: v for norms_ in algo.grad_norms for k, v in norms_.items()}
+        self.found |= {
+            "head_norms": norms,
+            "grad_norms": torch.tensor([grads.get(k, 0.0) for k in ("policy", "critic")]),
+            "counts": torch.tensor([data.ledger.counts[k] for k in COUNTED]),
+            "checksum": torch.tensor(weights_checksum(algo.named_weights())),
+        }
+
+
+COUNTED = ("updates", "skipped/empty", "skipped/non_finite")
+
+
+def main(folder: Path, rank: int, world_size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    for name, make in STRATEGIES.items():
+        found = {case.name: one_step(case, make(), world_size, folder) for case in CASES}
+        if rank == 0:
+            torch.save(found, folder / f"{name}.pt")
+    stock = one_step(DOUBLE_DIVISION, Stock(stage=2), world_size, folder)
+    if rank == 0:
+        torch.save(stock, folder / "stock.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

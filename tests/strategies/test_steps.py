@@ -1,0 +1,91 @@
+"""Every strategy on two gloo ranks makes the very update that one process without one makes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import make_tiny_model
+from tests.strategies.steps import CASES, DOUBLE_DIVISION, STRATEGIES, Case, one_step, policy_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks have left the weights after each case under each strategy."""
+    folder = tmp_path_factory.mktemp("strategies")
+    for tied in (False, True):
+        policy_folder(folder, tied)
+    command = [sys.executable, "-m", "tests.strategies.steps", str(folder)]
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), "2", port],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, dict[str, Tensor]]:
+    return {case.name: one_step(case, "auto", 1, folder) for case in CASES}
+
+
+def moved(found: dict[str, Tensor], case: Case) -> Tensor:
+    """What the update added to the weights, all in one vector."""
+    policy = dict(make_tiny_model(spread=0.1, tied=case.tied).named_parameters())
+    return torch.cat([(found[name] - start).flatten() for name, start in policy.items()]).detach()
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_ranks_make_the_update_of_one_process(case, strategy, folder, alone):
+    found, expected = torch.load(folder / f"{strategy}.pt")[case.name], alone[case.name]
+    assert found["counts"].tolist() == expected["counts"].tolist()
+    ours, theirs = moved(found, case), moved(expected, case)
+    if case.rights == 0:  # nothing to learn from: skipped, decay and momentum too
+        assert not ours.any() and not theirs.any()
+        return
+    warming_up = "critic_warmup" in dict(case.changes)
+    assert bool(theirs.any()) != warming_up
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    for name in (name for name in expected if name.startswith("critic.")):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["grad_norms"], expected["grad_norms"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradient_norms_and_weights_are_read_whole_from_shards(strategy, folder, alone):
+    for case in CASES:
+        found, expected = torch.load(folder / f"{strategy}.pt")[case.name], alone[case.name]
+        torch.testing.assert_close(found["head_norms"], expected["head_norms"], rtol=1e-4, atol=1e-5)
+        assert list(found) == list(expected)
+
+
+@pytest.mark.deepspeed
+def test_lightnings_own_strategy_divides_by_the_accumulation_twice(folder, alone):
+    stock = torch.load(folder / "stock.pt")
+    ours, right = moved(stock, DOUBLE_DIVISION), moved(alone[DOUBLE_DIVISION.name], DOUBLE_DIVISION)
+    assert float(ours.norm() / right.norm()) == pytest.approx(1 / DOUBLE_DIVISION.accumulate, rel=1e-4)
