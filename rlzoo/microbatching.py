@@ -54,7 +54,7 @@ def split_updates(num_units: int, updates: int, seed: int) -> list[list[int]]:
     return [part.tolist() for part in np.array_split(order, updates)]
 
 
-def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
+def balance(costs: Sequence[float], parts: int) -> list[list[int]]:
     """Splits items into `parts` of nearly equal cost: the dearest first, to the lightest part.
 
     Greedy, so the heaviest part is at most 4/3 of the best possible (Graham 1969).
@@ -69,6 +69,22 @@ def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
         split[part].append(item)
         heapq.heappush(heap, (load + costs[item], part))
     return split
+
+
+def balance_ranks(costs: Sequence[float], ranks: int, accumulate: int) -> list[list[int]]:
+    """Splits an optimizer step over ranks, then each rank's share over its microbatches.
+
+    Ranks come first because they wait for each other at the end of the step: what one of them has
+    in all matters more than what is in a microbatch.
+
+    Returns:
+        `ranks * accumulate` parts, those of a rank together; indices into `costs`.
+    """
+    parts = []
+    for share in balance(costs, ranks):
+        inner = balance([costs[i] for i in share], accumulate)
+        parts += [[share[place] for place in part] for part in inner]
+    return parts
 
 
 class Plan(NamedTuple):
@@ -113,7 +129,7 @@ def plan_microbatches(
             index = torch.tensor([i for u in update for i in units[u]], dtype=torch.long)
             token = token_weights(lengths[index], weights[index], aggregation, max_length)
             per_token = dict(zip(index.tolist(), token.per_token, strict=True))
-            parts = balance([costs[u] for u in update], world_size * accumulate)
+            parts = balance_ranks([costs[u] for u in update], world_size, accumulate)
             for part in parts[rank * accumulate : (rank + 1) * accumulate]:
                 mine = [i for place in part for i in units[update[place]]]
                 stacked = torch.stack([per_token[i] for i in mine]) if mine else torch.zeros(0)

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlzoo.data.shares import share_out
 from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Engine, Request, Response, SamplingParams
 from rlzoo.ledger import Ledger
-from rlzoo.microbatching import balance
 from rlzoo.progress import Bars
 from rlzoo.rewards.verifier import MathReward, Scores
-from rlzoo.rng import response_seed
+from rlzoo.rng import STREAMS, response_seed
 from rlzoo.types import Prompt, Rollouts
 
 
@@ -56,34 +56,57 @@ class Drawer:
     ) -> Rollouts:
         """`budgets[i]` scored responses of `prompts[i]`; prompts of budget 0 are left out.
 
-        Collective: every rank draws and scores its share of the prompts, balanced by responses,
-        and returns the rollouts of all.
+        Collective: every rank draws and scores its share of the responses, balanced by expected
+        tokens (`rlzoo.data.shares`), and returns the rollouts of all.
         """
         chosen = [(p, n) for p, n in zip(prompts, budgets, strict=True) if n > 0]
+        prompts, budgets = [p for p, _ in chosen], [n for _, n in chosen]
         rank, world_size = world()
-        mine = sorted(balance([n for _, n in chosen], world_size)[rank])
-        requests = [self._request(*chosen[i], stream, rollout_step, round_) for i in mine]
+        lengths = [len(p.token_ids) for p in prompts]
+        mine = share_out(lengths, budgets, self.expected_length(), world_size)[rank]
+        requests = [
+            self._request(prompts[i], range(start, stop), stream, rollout_step, round_)
+            for i, start, stop in mine
+        ]
         version = self.ledger.updates
         bar = self.bars.phase("sampling", sum(len(r.seeds) for r in requests), "responses")
         with self.ledger.phase("sampling"), bar as advance:
             drawn = self.engine.generate(requests, self.params, version, advance)
-        scored = self._score([chosen[i][0] for i in mine], drawn)
-        groups = {i: group for part in all_gather(dict(zip(mine, scored))) for i, group in part.items()}
-        rollouts = assemble([p for p, _ in chosen], groups, version, rollout_step)
+        scored = self._score([prompts[piece.prompt] for piece in mine], drawn)
+        parts = all_gather(list(zip(mine, scored, strict=True)))
+        pairs = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
+        rollouts = assemble(prompts, budgets, [s for _, s in pairs], version, rollout_step)
         self.ledger.drew(stream, rollouts.lengths.tolist())
         return rollouts
+
+    def expected_length(self) -> float:
+        """Tokens of a response: the mean of all that the run drew, its limit before the first.
+
+        The ledger's, hence the same on every rank and after a resume. Means of single prompts are
+        not kept: shares are no more even by them (experiments/balance).
+        """
+        total = {
+            unit: sum(self.ledger.counts[f"{unit}/{stream}"] for stream in STREAMS)
+            for unit in ("tokens", "responses")
+        }
+        if not total["responses"]:
+            return float(self.params.max_response_tokens)
+        return total["tokens"] / total["responses"]
 
     def text(self, response: Response) -> str:
         return self.tokenizer.decode(response.token_ids, skip_special_tokens=True)
 
-    def _request(self, prompt: Prompt, n: int, stream: str, step: int, round_: int) -> Request:
-        seeds = (response_seed(self.seed, stream, step, round_, prompt.id, i) for i in range(n))
+    def _request(
+        self, prompt: Prompt, indices: range, stream: str, step: int, round_: int
+    ) -> Request:
+        """For the responses of these indices among all of the prompt's."""
+        seeds = (response_seed(self.seed, stream, step, round_, prompt.id, i) for i in indices)
         return Request(prompt.token_ids, tuple(seeds))
 
     def _score(
         self, prompts: list[Prompt], drawn: list[list[Response]]
     ) -> list[tuple[list[Response], Scores]]:
-        """Each prompt's responses with their scores."""
+        """Each piece's responses with their scores; `prompts[i]` is the prompt of `drawn[i]`."""
         flat = [(p, r) for p, group in zip(prompts, drawn, strict=True) for r in group]
         texts = [self.text(response) for _, response in flat]
         bar = self.bars.phase("verifying", len(flat), "responses")
@@ -101,14 +124,18 @@ class Drawer:
 
 def assemble(
     prompts: list[Prompt],
-    groups: dict[int, tuple[list[Response], Scores]],
+    budgets: list[int],
+    pieces: list[tuple[list[Response], Scores]],
     policy_version: int,
     rollout_step: int,
 ) -> Rollouts:
-    """One Rollouts from the scored groups of all ranks, in order of prompt and response."""
-    order = [groups[i] for i in range(len(prompts))]
-    responses = [response for group, _ in order for response in group]
-    sizes = torch.tensor([len(group) for group, _ in order], dtype=torch.long)
+    """One Rollouts from the scored pieces of all ranks, which come in order of prompt and response.
+
+    Args:
+        budgets: [P] responses of each prompt, > 0.
+    """
+    responses = [response for piece, _ in pieces for response in piece]
+    sizes = torch.tensor(budgets, dtype=torch.long)
     nothing = torch.zeros(0)
     return Rollouts(
         prompts=prompts,
@@ -116,8 +143,8 @@ def assemble(
         responses=[response.token_ids for response in responses],
         sampler_logprobs=[response.logprobs for response in responses],
         truncated=torch.tensor([response.truncated for response in responses], dtype=torch.bool),
-        rewards=torch.cat([nothing, *(scores.rewards for _, scores in order)]),
-        verdicts=torch.cat([nothing.to(torch.int8), *(scores.verdicts for _, scores in order)]),
+        rewards=torch.cat([nothing, *(scores.rewards for _, scores in pieces)]),
+        verdicts=torch.cat([nothing.to(torch.int8), *(scores.verdicts for _, scores in pieces)]),
         policy_version=policy_version,
         rollout_step=rollout_step,
         num_near_ties=sum(response.near_ties for response in responses),
