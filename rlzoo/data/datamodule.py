@@ -238,9 +238,9 @@ class RolloutDataModule(RunDataModule):
         self.ledger.drew("replay", rollouts.lengths.tolist())
         return rollouts
 
-    def stop_reason(self) -> str | None:
+    def limit_met(self) -> str | None:
         ended = self.replay_files and self.rollout_step >= len(self.replay_files)
-        return super().stop_reason() or (f"the end of replay={self.replay}" if ended else None)
+        return super().limit_met() or (f"the end of replay={self.replay}" if ended else None)
 
     def prepare(self, rollouts: Rollouts) -> list[RolloutBatch]:
         bar = self.bars.phase("scoring", len(rollouts), "responses")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version
 from rlzoo.engines.isolation import isolated
 from rlzoo.engines.shapes import checked_weights, expected_shapes
@@ -249,6 +250,15 @@ class VLLMEngine:
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Response]]:
         check_version(self, expected_version)
+        requests, mine = together(requests, self.tensor_parallel)
+        return self._generate(requests, params, on_progress)[mine]
+
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_progress: Callable[[int], None] | None,
+    ) -> list[list[Response]]:
         import vllm
 
         flat = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
@@ -274,6 +284,20 @@ class VLLMEngine:
         for (index, _), output in zip(flat, outputs, strict=True):
             found[index].append(response(output.outputs[0]))
         return found
+
+
+def together(requests: Sequence[Request], size: int) -> tuple[list[Request], slice]:
+    """The requests of all ranks that hold one engine together, and which of them are this rank's.
+
+    Such ranks, `size` consecutive ones, must ask vLLM for the same. Collective if size > 1.
+    """
+    if size == 1:
+        return list(requests), slice(None)
+    rank = world()[0]
+    first = rank - rank % size
+    parts = all_gather(list(requests))[first : first + size]
+    start = sum(len(part) for part in parts[: rank - first])
+    return [r for part in parts for r in part], slice(start, start + len(requests))
 
 
 def import_vllm(log_file: Path) -> ModuleType:

@@ -13,17 +13,26 @@ from tests.engines.test_vllm import EOS, PARAMS, gaps, make_policy, requests
 pytestmark = pytest.mark.vllm
 
 
-def draw_on_a_rank(rank: int, folder: str) -> None:
+def draw_on_a_rank(rank: int, folder: str, tensor_parallel: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     lengths = {"max_prompt_tokens": 32, "max_response_tokens": 32}
     log_file = f"{folder}/{rank}.log"
-    engine = VLLMEngine(folder, [EOS], kv_cache_gb=0.1, max_num_seqs=64, log_file=log_file, **lengths)
+    engine = VLLMEngine(
+        folder,
+        [EOS],
+        kv_cache_gb=0.1,
+        max_num_seqs=64,
+        tensor_parallel=tensor_parallel,
+        log_file=log_file,
+        **lengths,
+    )
     engine.wake()
     policy = make_policy(7)
     engine.load_weights(policy.named_parameters(), 1)
     sizes = (4, 1, 0, 2) if rank == 0 else (4, 0, 3, 2)  # each its own share, ragged
     drawn = engine.generate(requests(*sizes), PARAMS, 1)
+    assert [len(group) for group in drawn] == list(sizes)
     total = torch.tensor([float(sum(map(len, drawn)))])
     dist.all_reduce(total)
     first = [response.token_ids.tolist() for response in drawn[0]]
@@ -33,9 +42,11 @@ def draw_on_a_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_with_an_engine_each(tmp_path: Path):
+@pytest.mark.parametrize("tensor_parallel", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_ranks_with_an_engine_each_or_one_together(tmp_path: Path, tensor_parallel: int):
     make_policy().save_pretrained(tmp_path)
-    mp.start_processes(draw_on_a_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    arguments = (str(tmp_path), tensor_parallel)
+    mp.start_processes(draw_on_a_rank, arguments, nprocs=2, start_method="spawn")
     (one, total, gap), (two, same_total, other_gap) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
     )
