@@ -29,12 +29,15 @@ def gap_figures(gaps: Tensor) -> dict[str, float]:
     }
 
 
-def likely_cause(gaps: Sequence[Tensor], probe_gap: float | None = None) -> str:
+def likely_cause(
+    gaps: Sequence[Tensor], probe_gap: float | None = None, probe_limit: float = APART
+) -> str:
     """What most likely sets engine and trainer apart.
 
     Args:
         gaps: of each rollout, [L] in order of its tokens.
         probe_gap: mean gap of `rlzoo.engines.probe` at temperature 1, where it was asked for.
+        probe_limit: mean gap of the probe that number formats alone can explain.
     """
     gaps = [gap.double() for gap in gaps if len(gap) > 2]
     mean = float(torch.cat(gaps).mean()) if gaps else 0.0
@@ -47,7 +50,7 @@ def likely_cause(gaps: Sequence[Tensor], probe_gap: float | None = None) -> str:
         return "how a response ends: the engine stops at other tokens than the tokenizer's end"
     if first > 10 * inner and first > 10 * last:
         return "the prompt: the engine saw other prompt tokens, or another template"
-    if probe_gap is not None and probe_gap > APART:
+    if probe_gap is not None and probe_gap > probe_limit:
         return "the weights: a weight sync left some of them as they were"
     if mean <= APART:
         return "precision: the engine computes in another dtype than the trainer"

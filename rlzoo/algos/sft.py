@@ -40,7 +40,7 @@ class SFT(OptimizationModule):
         self.divisor = batch.divisor
         loss_sum = -(batch.weights * scores.logprobs).sum()
         self.means.update({"loss": loss_sum.detach()}, batch.weights.sum())
-        return loss_sum / batch.divisor
+        return loss_sum * self.trainer.world_size / batch.divisor  # the strategy averages over ranks
 
     @torch.no_grad()
     def mean_loss(self, batches: list[RolloutBatch]) -> float:

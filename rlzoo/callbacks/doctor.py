@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from rlzoo.doctor import likely_cause, verdict
-from rlzoo.engines.probe import probe_sequences, trainer_scores
+from rlzoo.doctor import APART, likely_cause, verdict
+from rlzoo.engines.probe import HALF_GAP, in_half_precision, probe_sequences, trainer_scores
 
 
 class Diagnosed(Exception):
@@ -46,7 +46,8 @@ class Doctor(Callback):
         pairs = zip(old, data.rollouts.sampler_logprobs, strict=True)
         gaps = [(ours - theirs).abs() for ours, theirs in pairs if len(ours)]
         if gaps:
-            line = verdict(pl_module.gap(), likely_cause(gaps, self.probe_gap), pl_module.max_logprob_gap)
-            data.bars.print_line(line)
+            half = in_half_precision(trainer.precision, data.engine.dtype)
+            cause = likely_cause(gaps, self.probe_gap, HALF_GAP if half else APART)
+            data.bars.print_line(verdict(pl_module.gap(), cause, pl_module.max_logprob_gap))
         if self.stop:
             raise Diagnosed

@@ -5,7 +5,7 @@ from lightning import LightningModule, Trainer
 
 from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.engines.base import weights_checksum
-from rlzoo.engines.probe import probe_sequences, trainer_scores
+from rlzoo.engines.probe import HALF_GAP, in_half_precision, probe_sequences, trainer_scores
 from rlzoo.errors import check_choice
 
 STALE = (
@@ -55,7 +55,8 @@ class WeightSync(BoundaryCallback):
         engine = trainer.datamodule.engine
         checksum = engine.checksum()
         if checksum is not None:
-            if checksum != weights_checksum(pl_module.named_weights()):
+            held = getattr(torch, engine.dtype)  # the trainer's may be finer, or coarser
+            if checksum != weights_checksum(pl_module.named_weights(), held):
                 raise RuntimeError(STALE)
             return
         sequences = probe_sequences(pl_module.policy)
@@ -63,8 +64,7 @@ class WeightSync(BoundaryCallback):
         gap = float((torch.cat(engine.score(sequences)) - torch.cat(expected)).abs().mean())
         tolerance = self.probe_tolerance
         if tolerance is None:
-            half = trainer.precision != "32-true" or engine.dtype != "float32"
-            tolerance = 0.3 if half else 1e-3
+            tolerance = HALF_GAP if in_half_precision(trainer.precision, engine.dtype) else 1e-3
         if not gap <= tolerance:
             raise RuntimeError(
                 f"{STALE} On a probe their log-probs differ by {gap:.3g} nats a token, over"

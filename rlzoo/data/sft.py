@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlzoo.data.base import RunDataModule
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import accepted
+from rlzoo.distributed import world
 from rlzoo.errors import UserError
 from rlzoo.ledger import Limits
 from rlzoo.microbatching import Plan, collate
@@ -89,8 +90,9 @@ class SFTDataModule(RunDataModule):
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return prompts, [torch.tensor([*x, self.tokenizer.eos_token_id]) for x in ids]
 
-    def batch(self, pairs: Sequence[Pair]) -> RolloutBatch:
-        """A microbatch in which every response token weighs 1."""
+    def batch(self, pairs: Sequence[Pair], rank: int = 0, world_size: int = 1) -> RolloutBatch:
+        """A microbatch in which every response token weighs 1; a rank takes its share of the rows,
+        and the divisor counts all."""
         prompts, responses = self.encode(pairs)
         num = len(pairs)
         rollouts = Rollouts(
@@ -104,7 +106,8 @@ class SFTDataModule(RunDataModule):
             policy_version=0,
             rollout_step=0,
         )
-        plan = Plan(list(range(num)), torch.ones(num), float(rollouts.lengths.sum()))
+        rows = list(range(rank, num, world_size))
+        plan = Plan(rows, torch.ones(len(rows)), float(rollouts.lengths.sum()))
         return collate(rollouts, plan, self.tokenizer.pad_token_id)
 
     def batches(self) -> Iterator[RolloutBatch]:
@@ -122,7 +125,7 @@ class SFTDataModule(RunDataModule):
                 order = list(range(POOL))
                 random.Random(derive_seed(self.seed, "sft", pool)).shuffle(order)
             start = order[place] * self.batch_size
-            batch = self.batch(chosen[start : start + self.batch_size])
+            batch = self.batch(chosen[start : start + self.batch_size], *world())
             batch.last = index + 1 == first + size
             yield batch
 

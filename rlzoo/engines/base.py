@@ -77,13 +77,19 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def weights_checksum(named_tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """CRC-32 of every tensor's bytes and name, in order of name."""
-    total = 0
-    for name, tensor in sorted(named_tensors, key=lambda pair: pair[0]):
-        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-        total = zlib.crc32(data, zlib.crc32(name.encode(), total))
-    return total
+def weights_checksum(
+    named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
+) -> int:
+    """CRC-32 of every tensor's bytes and name, in any order; holds one tensor at a time.
+
+    Args:
+        dtype: what the tensors are converted to first, if whom they are compared with holds that.
+    """
+    found = []
+    for name, tensor in named_tensors:
+        data = tensor.detach().to(dtype=dtype).cpu().contiguous().view(torch.uint8).numpy()
+        found.append((name, zlib.crc32(data)))
+    return zlib.crc32(repr(sorted(found)).encode())
 
 
 def check_version(engine: Engine, expected_version: int) -> None:

@@ -14,6 +14,12 @@ from rlzoo.models.gather import through
 from rlzoo.types import Prompt, Rollouts
 
 SEQUENCES, LENGTH = 8, 16  # of the probe; tokens
+HALF_GAP = 0.3  # nats a token of the probe that half precision on one side alone can explain
+
+
+def in_half_precision(precision: str, dtype: str) -> bool:
+    """Whether trainer (Lightning's `precision`) or engine (`dtype`) computes in less than float32."""
+    return precision != "32-true" or dtype != "float32"
 
 
 def probe_sequences(policy: nn.Module) -> list[list[int]]:

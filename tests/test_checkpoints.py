@@ -1,0 +1,82 @@
+"""What stays in checkpoints/, and that it is never half there."""
+
+from pathlib import Path
+
+import pytest
+
+from rlzoo.callbacks import Checkpoint
+from rlzoo.callbacks.checkpoint import point
+from rlzoo.checkpoints import kind_of, read_state, saved_by
+from rlzoo.errors import UserError
+
+
+def boundary(checkpoint: Checkpoint, step: int, score: float | None, folder: bool = False) -> None:
+    """As at a boundary: the score is judged, then what was written aside is published."""
+    name = f"step_{step:06d}.ckpt"
+    if checkpoint.improves(score):
+        checkpoint.best = sorted([*checkpoint.best, (score, name)], key=lambda kept: -kept[0])
+        checkpoint.best = checkpoint.best[: checkpoint.keep_best]
+    partial = checkpoint.folder / f"{name}.partial"
+    checkpoint.folder.mkdir(exist_ok=True)
+    if folder:
+        partial.mkdir()
+        (partial / "shard").write_text(str(step))
+    else:
+        partial.write_text(str(step))
+    checkpoint.publish(partial, name)
+
+
+def names(checkpoint: Checkpoint) -> list[str]:
+    return sorted(path.name for path in checkpoint.folder.glob("step_*"))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_last_and_the_best_are_kept_and_links_point_to_them(tmp_path, folder):
+    checkpoint = Checkpoint(str(tmp_path), keep_best=2)
+    for step, score in enumerate([0.3, 0.5, None, 0.4, 0.1, None], start=1):
+        boundary(checkpoint, step, score, folder)
+    assert names(checkpoint) == ["step_000002.ckpt", "step_000004.ckpt", "step_000006.ckpt"]
+    assert (checkpoint.folder / "last.ckpt").resolve().name == "step_000006.ckpt"
+    assert (checkpoint.folder / "best.ckpt").resolve().name == "step_000002.ckpt"
+    boundary(checkpoint, 6, 0.9, folder)  # once more, as a resumed run may
+    assert names(checkpoint) == ["step_000002.ckpt", "step_000006.ckpt"]
+    assert (checkpoint.folder / "best.ckpt").resolve().name == "step_000006.ckpt"
+
+
+def test_without_a_metric_only_the_last_is_kept(tmp_path):
+    checkpoint = Checkpoint(str(tmp_path), monitor=None)
+    for step in (1, 2, 3):
+        boundary(checkpoint, step, 0.5)
+    assert names(checkpoint) == ["step_000003.ckpt"]
+    assert not (checkpoint.folder / "best.ckpt").exists()
+
+
+def test_a_link_is_moved_in_one_step_even_over_one_that_a_kill_left_aside(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    point(tmp_path / "last.ckpt", "a")
+    (tmp_path / "last.ckpt.partial").symlink_to("nowhere")
+    point(tmp_path / "last.ckpt", "b")
+    assert (tmp_path / "last.ckpt").read_text() == "b"
+    assert not (tmp_path / "last.ckpt.partial").is_symlink()
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
+    import pickle
+
+    class Harm:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "harmed",))
+
+    path = tmp_path / "bad.ckpt"
+    path.write_bytes(pickle.dumps(Harm()))
+    with pytest.raises(Exception, match="(?i)weights.?only|zip|load"):
+        read_state(path)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_what_is_no_checkpoint_of_this_format_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither a file"):
+        kind_of(tmp_path)
+    with pytest.raises(UserError, match="init_from"):
+        saved_by({"callbacks": {"Checkpoint": {"format": 1}}})
