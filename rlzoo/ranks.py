@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -34,14 +35,25 @@ def log_name() -> str:
 
 
 def in_slurm_step() -> bool:
-    """Whether srun started this process."""
-    return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
+    """Whether srun started this process, and not only the shell that it was typed into."""
+    return in_slurm_job() and "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
+
+
+def in_slurm_job() -> bool:
+    """Whether SLURM says how many processes there are; Lightning asks the same."""
+    by_hand = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "SLURM_NTASKS" in os.environ and not by_hand
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def run_name() -> str:
     """Default name of a run's directory, the same on every rank: a date and time, or a SLURM job.
 
-    A job that SLURM requeues keeps its name, and so finds its own run again.
+    A job that SLURM requeues keeps its name, and so do processes that torchrun starts once more:
+    they find their own run again.
 
     Raises:
         UserError: several machines without a launcher that they could agree through.
@@ -51,7 +63,7 @@ def run_name() -> str:
     name = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     if in_slurm_step():
         name = f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURM_STEP_ID']}"
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
+    elif under_torchrun():
         name = agreed_through_store(name)
     elif "NODE_RANK" in os.environ and "LOCAL_RANK" not in os.environ:
         raise UserError(
@@ -63,57 +75,123 @@ def run_name() -> str:
 
 
 def agreed_through_store(name: str) -> str:
-    """Rank 0's name, by the store through which torchrun's processes meet."""
+    """Rank 0's first name, by the store in torchrun's agent, which outlives the processes.
+
+    Raises:
+        UserError: the agents share no store with the processes.
+    """
     from torch.distributed import TCPStore
 
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise UserError(
+            "torchrun was told not to share its store, so that the processes cannot agree on a run"
+            " directory. Give run_dir=DIRECTORY."
+        )
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         timeout=timedelta(seconds=STORE_TIMEOUT),
     )
-    key = f"rlzoo/run_name/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    key = "rlzoo/run_name"
     if is_first():
-        store.set(key, name)
+        store.compare_set(key, "", name)  # sets what is not set yet
     return store.get(key).decode()
 
 
-def check_processes(trainer: DictConfig, multirun: bool) -> None:
+def check_processes(trainer: DictConfig, sweep: bool) -> None:
     """What is known to go wrong with processes and devices, before any of them is started.
 
+    Args:
+        trainer: the configuration's.
+        sweep: whether this process runs the jobs of a sweep, one after the other.
+
     Raises:
-        UserError: devices that do not exist, a world of another size than the launcher's, or a
-            sweep whose jobs would each start the whole sweep again.
+        UserError: devices that do not exist, a world of another size than the launcher's, a port
+            in use, or a sweep whose jobs would each start the whole sweep again.
     """
     import torch
 
-    devices, nodes = trainer.devices, trainer.num_nodes
-    for key, value in {"devices": devices, "num_nodes": nodes}.items():
+    counts = ("devices", "num_nodes", "accumulate_grad_batches")
+    for key in counts:
+        value = trainer[key]
         if not isinstance(value, int) or value < 1:
             raise UserError(f"trainer.{key} must be a whole number, at least 1, got {value!r}.")
-    accumulate = trainer.accumulate_grad_batches
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise UserError(
-            "trainer.accumulate_grad_batches must be a whole number, at least 1, got"
-            f" {accumulate!r}: microbatches per optimizer step and process."
-        )
+    devices, size = trainer.devices, trainer.devices * trainer.num_nodes
     if trainer.accelerator in ("gpu", "cuda") and torch.cuda.device_count() < devices:
         raise UserError(
-            f"trainer.devices={devices} GPUs were asked for, but this machine has"
-            f" {torch.cuda.device_count()}. Lower trainer.devices, or take trainer=cpu."
+            f"trainer.devices={devices} GPUs were asked for, but this process sees"
+            f" {torch.cuda.device_count()}. Lower trainer.devices, or take trainer=cpu. (Under"
+            " SLURM every process must see all GPUs of its machine: --gpus-per-node, without"
+            " --gpus-per-task.)"
         )
-    launched = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
-    if launched is not None and int(launched) != devices * nodes:
-        raise UserError(
-            f"torchrun started {launched} processes, but trainer.devices={devices} times"
-            f" trainer.num_nodes={nodes} is {devices * nodes}. Set them to torchrun's"
-            " --nproc-per-node and --nnodes."
-        )
-    if multirun and devices * nodes > 1 and launched is None and not in_slurm_step():
+    if sweep and size > 1:
         raise UserError(
             "--multirun with several processes would start the whole sweep again in each of them."
-            " Start one job at a time (experiments/study.py does), or sweep over SLURM jobs."
+            " Start one job at a time (experiments/study.py does), or let submitit make a SLURM job"
+            " of each: docs/launching.md."
         )
+    check_launcher(devices, trainer.num_nodes)
+    if size > 1 and is_first() and not under_torchrun():
+        check_port()
+
+
+def check_launcher(devices: int, nodes: int) -> None:
+    """Whether the launcher, if it is not Lightning's own, started the processes that were asked for.
+
+    Raises:
+        UserError: it did not.
+    """
+    asked = f"trainer.devices={devices} times trainer.num_nodes={nodes}"
+    if under_torchrun():
+        here, everywhere = (int(os.environ[k]) for k in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        if (here, everywhere) != (devices, devices * nodes):
+            raise UserError(
+                f"torchrun started {everywhere} processes, {here} of them on this machine, but"
+                f" {asked} is {devices * nodes}, {devices} on each. Set them to torchrun's"
+                " --nproc-per-node and --nnodes."
+            )
+    elif in_slurm_job():
+        tasks = int(os.environ["SLURM_NTASKS"])
+        here = int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
+        machines = int(os.environ.get("SLURM_NNODES", 1))
+        if (tasks, here, machines) != (devices * nodes, devices, nodes):
+            raise UserError(
+                f"SLURM has {tasks} tasks, {here} on each of {machines} machines, but {asked} is"
+                f" {devices * nodes}. Take trainer=slurm, and give sbatch or srun --nodes and"
+                " --ntasks-per-node (not --ntasks)."
+            )
+        if tasks > 1 and not in_slurm_step():
+            raise UserError(
+                f"This SLURM job has {tasks} tasks, but this is not one of them: put srun before"
+                " the command."
+            )
+
+
+def check_port() -> None:
+    """Whether the port is free at which the other processes will look for this one.
+
+    Raises:
+        UserError: it is not. (They would wait for half an hour.)
+    """
+    port = os.environ.get("MASTER_PORT")
+    if port is None and in_slurm_job():
+        port = str(15000 + int(os.environ["SLURM_JOB_ID"][-4:]))  # Lightning's choice
+    if port is None:
+        return  # Lightning looks for a free one
+    with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(port_in_use(port)) from error
+
+
+def port_in_use(port: str) -> str:
+    return (
+        f"The port {port}, at which the processes of this run would meet, is in use by another"
+        " program. Set MASTER_PORT to a free one (torchrun: --master-port)."
+    )
 
 
 def register() -> None:
@@ -126,4 +204,6 @@ def cluster_plugins() -> list[Any]:
     """Lightning's SLURM environment without its own requeueing, which saves inside a rollout step."""
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    if under_torchrun() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlzoo.configuration import check_overrides, conf_dir
 from rlzoo.errors import UserError
-from rlzoo.ranks import check_processes
+from rlzoo.ranks import check_processes, port_in_use, run_name
 
 INTERRUPTED = 130  # exit code of a run stopped by Ctrl-C
 PREEMPTED = 143  # exit code of a run stopped by SIGTERM or SLURM's SIGUSR1, once it has saved
@@ -27,20 +27,26 @@ def main() -> None:
     """Entry point; exits 2 on a mistake of the user's, 130 on Ctrl-C, 143 on SIGTERM."""
     try:
         check_overrides(sys.argv[1:])
+        if not any(override.startswith("run_dir=") for override in sys.argv[1:]):
+            run_name()  # Hydra would show a stack trace for what it may raise
     except UserError as error:
         fail(str(error))
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(run)()
 
 
 def run(cfg: DictConfig) -> None:
-    from rlzoo.callbacks.preemption import Preempted
-    from rlzoo.training import train  # torch and transformers load after the overrides are checked
-
-    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    hydra_config = HydraConfig.get()
+    multirun = hydra_config.mode == RunMode.MULTIRUN
     if multirun:
-        cfg.run_dir = HydraConfig.get().runtime.output_dir  # one directory per job of a sweep
+        cfg.run_dir = hydra_config.runtime.output_dir  # one directory per job of a sweep
+    try:  # before Lightning and transformers load
+        check_processes(cfg.trainer, multirun and "submitit" not in hydra_config.launcher._target_)
+    except UserError as error:
+        fail(str(error))
+    from rlzoo.callbacks.preemption import Preempted
+    from rlzoo.training import train
+
     try:
-        check_processes(cfg.trainer, multirun)
         train(cfg)
     except Preempted as signal_:
         print(f"rlzoo: {signal_}: saved. {go_on(cfg)}", file=sys.stderr)
@@ -68,11 +74,7 @@ def explain(error: BaseException, cfg: DictConfig) -> str | None:
                 f" run_dir={cfg.run_dir} ckpt_path=last."
             )
         if "EADDRINUSE" in str(cause):
-            port = os.environ.get("MASTER_PORT", "that it chose")
-            return (
-                f"The port {port}, at which the processes of this run would meet, is in use by"
-                " another program. Set MASTER_PORT to a free one (torchrun: --master-port)."
-            )
+            return port_in_use(os.environ.get("MASTER_PORT", "that was chosen"))
         if type(cause).__name__ == "MisconfigurationException":
             return f"Lightning cannot run this: {one_line(str(cause))}"
         if isinstance(cause, TypeError) and isinstance(error, InstantiationException):
