@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlzoo.errors import UserError
+from rlzoo.models.lora import merged
 
 FORMAT = 2  # of the checkpoint; raised when old ones can no longer be resumed
 DEEPSPEED_TAG = "checkpoint"  # Lightning's name for the folder of DeepSpeed's shards
@@ -81,6 +82,18 @@ def whole_weights(path: Path) -> dict[str, Tensor]:
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
     return _load_distributed_checkpoint(path)["state_dict"]
+
+
+def policy_weights(path: Path) -> dict[str, Tensor]:
+    """The policy's weights, whole, by the names its model has without adapters, which are merged.
+
+    Raises:
+        UserError: see `whole_weights`.
+    """
+    weights = whole_weights(path)
+    policy = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
+    lora = read_state(path).get("lora")
+    return dict(merged(policy, lora["alpha"] / lora["r"])) if lora else policy
 
 
 def saved_by(state: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlzoo.checkpoints import kind_of, whole_weights
+from rlzoo.checkpoints import kind_of, policy_weights
 from rlzoo.errors import UserError
 from rlzoo.models.policy import load_tokenizer, model_directory
 
@@ -33,7 +33,8 @@ def main() -> None:
 def export(checkpoint: Path, out: Path, model: str | None = None) -> None:
     """Writes the policy of a checkpoint, with its tokenizer, as `save_pretrained` does.
 
-    Sharded weights are put together on the CPU; nothing else is needed of the machine that trained.
+    Sharded weights are put together on the CPU, and adapters merged into them; nothing else is
+    needed of the machine that trained.
 
     Args:
         checkpoint: see `rlzoo.checkpoints`.
@@ -61,10 +62,8 @@ def export(checkpoint: Path, out: Path, model: str | None = None) -> None:
     policy = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, trust_remote_code=trust
     )
-    weights = whole_weights(checkpoint)
-    mine = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
     try:
-        missing, unexpected = policy.load_state_dict(mine, strict=False)
+        missing, unexpected = policy.load_state_dict(policy_weights(checkpoint), strict=False)
     except RuntimeError as error:
         raise UserError(f"{checkpoint} is of another model than {path}: {error}") from error
     tied = set(getattr(policy, "all_tied_weights_keys", None) or ())

@@ -15,15 +15,17 @@ import torch
 import transformers
 from hydra.utils import instantiate
 from lightning import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
+from rlzoo.callbacks.checkpoint import asynchronous_io
 from rlzoo.callbacks.doctor import Diagnosed
 from rlzoo.callbacks.restore import Restore
 from rlzoo.checkpoints import kind_of, read_state, saved_by, whole_weights
-from rlzoo.engines.shapes import expected_shapes
+from rlzoo.engines.shapes import empty_model, expected_shapes
 from rlzoo.errors import UserError, check_choice
 from rlzoo.ledger import Limits
+from rlzoo.models.lora import check_lora, lora_settings
 from rlzoo.models.policy import eos_token_ids, load_tokenizer, model_directory
 from rlzoo.progress import Bars
 from rlzoo.ranks import cluster_plugins, is_first, log_name
@@ -86,11 +88,12 @@ def check_resume(cfg: DictConfig, checkpoint: Path | None, state: dict[str, Any]
         model_directory(cfg.model.path), trust_remote_code=cfg.model.trust_remote_code
     )
     count = sum(shape.numel() for shape in expected_shapes(config).values())
-    if not saved["model"].endswith(f" of {count:,} parameters") and not cfg.model.get("lora"):
+    if not saved["model"].endswith(f" of {count:,} parameters"):
         raise UserError(
             f"The checkpoint {checkpoint} is of {saved['model']}, but model.path={cfg.model.path}"
             f" has {count:,}. Resume with the model it was saved from, or start a new run_dir."
         )
+    check_same_lora(cfg, checkpoint, state.get("lora"))
     if cfg.resume == "weights":
         return False
     ranks = cfg.trainer.devices * cfg.trainer.num_nodes
@@ -105,6 +108,18 @@ def check_resume(cfg: DictConfig, checkpoint: Path | None, state: dict[str, Any]
     )
 
 
+def check_same_lora(cfg: DictConfig, checkpoint: Path, saved: dict[str, Any] | None) -> None:
+    """Raises a UserError if the run's adapters are not those that a checkpoint holds."""
+    lora = None if cfg.model.get("lora") is None else lora_settings(cfg.model.lora)
+    told_apart = [x and [x["r"], x["alpha"], x["target_modules"]] for x in (lora, saved)]
+    if told_apart[0] != told_apart[1]:
+        raise UserError(
+            f"The checkpoint {checkpoint} was saved under model.lora={saved}, this run has {lora}."
+            " Resume with what it was saved under; to begin anew from its weights, start a new"
+            " run_dir with init_from=CHECKPOINT."
+        )
+
+
 def strategy_kind(cfg: DictConfig) -> str:
     """What a strategy saves: "deepspeed" or "fsdp" folders, or a "file"."""
     name = cfg.strategy._target_.rpartition(".")[2]
@@ -114,6 +129,11 @@ def strategy_kind(cfg: DictConfig) -> str:
 def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
     """The algorithm, its data and the callbacks, in the order they act at a boundary."""
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.trust_remote_code)
+    if cfg.model.get("lora") is not None:
+        trust = cfg.model.trust_remote_code
+        path = model_directory(cfg.model.path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        check_lora(cfg.model.lora, empty_model(config, trust))
     source = instantiate(cfg.data)
     limits = Limits(**cfg.limits)
     if cfg.datamodule._target_.endswith("SFTDataModule"):
@@ -147,6 +167,8 @@ def build_trainer(
         for node in nodes
     ]
     plugins = cluster_plugins()
+    if OmegaConf.select(cfg, "callbacks.checkpoint.asynchronous") and strategy_kind(cfg) == "file":
+        plugins.append(asynchronous_io())
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=plugins)
 
 

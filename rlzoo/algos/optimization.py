@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlzoo.errors import UserError
-from rlzoo.models.gather import gathered, load_whole, whole
+from rlzoo.models.gather import load_whole, whole
+from rlzoo.models.lora import is_adapter, lora_of, whole_weights_of
+from rlzoo.rng import derive_seed
 from rlzoo.types import OptimizerFactory, PolicyFactory
 
 
@@ -50,17 +53,30 @@ class OptimizationModule(lightning.LightningModule):
 
     def build_models(self) -> None:
         """Builds every network, where a strategy can shard it."""
+        self.noise_seed = torch.initial_seed()
         self.policy = self.policy_factory().train()
 
     @property
     def model_name(self) -> str:
-        """What tells one model from another in a checkpoint."""
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in self.policy.parameters())
+        """What tells one model from another in a checkpoint, adapters left aside."""
+        own = (p for name, p in self.policy.named_parameters() if not is_adapter(name))
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in own)
         return f"{type(self.policy).__name__} of {count:,} parameters"
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's parameters, whole, by the names its own `named_parameters` gives them."""
-        return gathered(self.policy.named_parameters())
+        """The policy's parameters, whole, by the names that `named_parameters` gives them in a
+        model without adapters, which are merged here."""
+        return whole_weights_of(self.policy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if (lora := lora_of(self.policy)) is not None:
+            checkpoint["lora"] = lora
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Starts dropout's noise anew from where the run is, so that a resume repeats it."""
+        if (lora := lora_of(self.policy)) is not None and lora["dropout"] > 0:
+            place = self.trainer.datamodule.ledger.updates, batch_idx, self.trainer.global_rank
+            torch.manual_seed(derive_seed(self.noise_seed, "dropout", *place))
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer_factory(self.parameter_groups())

@@ -26,7 +26,8 @@ class PPO(ClippedPolicyAlgorithm):
 
     Args:
         critic: "separate", a backbone of its own that starts as the policy does, or "shared", a
-            head on the policy's trunk, which then learns from both losses.
+            head on the policy's trunk, which then learns from both losses. Under `model.lora` a
+            separate backbone is frozen too and has adapters of its own.
         critic_lr: learning rate of the critic's parameters; of the head alone if shared.
         critic_warmup: rollout steps at first in which the critic alone is trained.
         gamma, lam: discount, and lambda of the estimation; released code has 1 and 1.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rlzoo.errors import UserError, check_at_least
 from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import Plan, collate
 from rlzoo.models.gather import through
+from rlzoo.models.lora import adapters_off, lora_of
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
 
@@ -24,7 +26,8 @@ class ScoringModule(OptimizationModule):
 
     Args:
         policy, optimizer, scheduler, max_skipped_updates: as in `OptimizationModule`.
-        needs_reference: whether the initial policy is kept beside the one in training.
+        needs_reference: whether the initial policy is kept beside the one in training; of one with
+            LoRA, it is the same network with its adapters off.
         temperature: of sampling; logits are divided by it in every pass.
         max_tokens_per_microbatch: a larger microbatch is computed in pieces, each recomputed in
             the backward pass, so that memory stays bounded.
@@ -100,9 +103,9 @@ class ScoringModule(OptimizationModule):
     def score_batch(self, batch: RolloutBatch, old: bool) -> dict[str, Tensor]:
         """What is kept of a scored microbatch, each [B, T] by the name it has in RolloutBatch."""
         kept = {"old_logprobs": self.forward_scores(batch)["logprobs"]} if old else {}
-        if self._reference:
-            reference = self._reference[0]
-            scores = through(reference, response_scores, reference, batch, self.temperature)
+        if self.needs_reference:
+            with self.reference_policy() as reference:
+                scores = through(reference, response_scores, reference, batch, self.temperature)
             kept["ref_logprobs"] = scores.logprobs
         return kept
 
@@ -123,7 +126,7 @@ class ScoringModule(OptimizationModule):
             old: whether the weights that sampled score too, not the reference alone.
         """
         self._gaps = []
-        if not old and not self._reference:
+        if not old and not self.needs_reference:
             return
         rank, world_size = world()
         limit = self.max_tokens_per_microbatch
@@ -172,8 +175,12 @@ class ScoringModule(OptimizationModule):
 
     def build_models(self) -> None:
         super().build_models()
-        if self.needs_reference:
+        if self.needs_reference and lora_of(self.policy) is None:
             self._reference = [self.policy_factory().eval().requires_grad_(False)]
+
+    def reference_policy(self) -> AbstractContextManager[nn.Module]:
+        """The initial policy, for as long as the context lasts."""
+        return nullcontext(self._reference[0]) if self._reference else adapters_off(self.policy)
 
     @property
     def side_models(self) -> list[nn.Module]:

@@ -6,9 +6,14 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlzoo.models.lora import lora_of, save_adapter
+
 
 class Export(Callback):
     """Writes the final policy and its tokenizer to `policy/`, in Hugging Face format.
+
+    A policy with LoRA is written whole, adapters merged; the adapters alone go to `adapter/`, in
+    peft's format.
 
     Args:
         run_dir: where `policy/` goes.
@@ -23,6 +28,9 @@ class Export(Callback):
         if trainer.is_global_zero:
             pl_module.policy.save_pretrained(self.folder, state_dict=state)
             self.tokenizer.save_pretrained(self.folder)
+        if lora_of(pl_module.policy) is not None:
+            folder = self.folder.with_name("adapter")
+            save_adapter(pl_module.policy, folder, keep=trainer.is_global_zero)
 
 
 def whole_state(module: LightningModule, keep: bool) -> dict[str, Tensor]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
+
+
+def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:
+    """A model with its modules and no weights; allocates nothing."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def expected_shapes(
     config: PretrainedConfig, trust_remote_code: bool = False
 ) -> dict[str, torch.Size]:
     """Shape of each parameter by the name `named_parameters` gives it; allocates nothing."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = empty_model(config, trust_remote_code)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 

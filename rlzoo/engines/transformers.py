@@ -19,6 +19,7 @@ from rlzoo.engines.base import Request, Response, SamplingParams, check_version,
 from rlzoo.engines.kv_cache import SlabCache
 from rlzoo.engines.probe import trainer_scores
 from rlzoo.errors import UserError
+from rlzoo.models.lora import without_lora
 from rlzoo.rng import uniforms
 from rlzoo.types import PolicyFactory
 
@@ -42,7 +43,7 @@ class TransformersEngine:
     """Draws responses with a copy of the policy of its own.
 
     Args:
-        policy: builds the model; its weights are replaced at the first sync.
+        policy: builds the model, here without adapters; its weights are replaced at the first sync.
         eos_token_ids: any of them ends a response.
         pad_token_id: fills prompts on the left.
         max_rows: responses decoded at once; the rest wait. Bounds memory.
@@ -65,7 +66,7 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device, self.max_rows, self.pad_token_id = torch.device(device), max_rows, pad_token_id
-        self.model = policy().to(self.device).eval().requires_grad_(False)
+        self.model = without_lora(policy)().to(self.device).eval().requires_grad_(False)
         self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
         self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         self.version = -1

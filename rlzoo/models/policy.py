@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlzoo.checkpoints import policy_weights
 from rlzoo.errors import UserError
+from rlzoo.models.gather import load_whole
+from rlzoo.models.lora import add_lora
 
 TINY = Path(__file__).parent / "tiny"  # the policy shipped with rlzoo
 
@@ -47,6 +52,7 @@ def load_policy(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     init_from: str | None = None,
+    lora: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A causal language model, ready to be trained.
 
@@ -57,10 +63,12 @@ def load_policy(
         gradient_checkpointing: recompute activations in the backward pass.
         trust_remote_code: run code that a hub model brings along.
         init_from: takes the weights, and nothing else, from an rlzoo checkpoint file or from
-            another model directory of the same architecture.
+            another model directory of the same architecture. Adapters that a checkpoint has are
+            merged into them.
+        lora: trains low-rank adapters alone, see `rlzoo.models.lora`; None trains all weights.
 
     Raises:
-        UserError: no model there, or weights that do not fit it.
+        UserError: no model there, weights that do not fit it, or bad settings of LoRA.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"model.dtype must be float32, bfloat16 or float16; got {dtype!r}.")
@@ -75,6 +83,8 @@ def load_policy(
         raise UserError(f"model.path={path} could not be loaded: {first_line(error)}") from error
     if init_from is not None:
         load_weights(policy, init_from)
+    if lora is not None:
+        add_lora(policy, lora)
     if gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     return policy
@@ -83,14 +93,12 @@ def load_policy(
 def load_weights(policy: nn.Module, source: str) -> None:
     """Copies weights into a policy from a checkpoint file (.ckpt) or a model directory."""
     if Path(source).is_file():
-        state = torch.load(source, map_location="cpu", weights_only=True)["state_dict"]
-        mine = (name for name in state if name.startswith("policy."))  # PPO's critic stays behind
-        state = {name.removeprefix("policy."): state[name] for name in mine}
+        state = policy_weights(Path(source))
     else:
         directory = model_directory(source, key="init_from")
         state = AutoModelForCausalLM.from_pretrained(directory).state_dict()
     try:
-        policy.load_state_dict(state)
+        load_whole(policy, state)
     except RuntimeError as error:
         raise UserError(
             f"init_from={source} holds other weights than the model has: {first_line(error)}"

@@ -49,6 +49,7 @@ class Case:
     clip: float | None = None
     poison: bool = False  # makes the first update's gradient not finite
     tied: bool = False
+    lora: bool = False
     updates: int = 1
     decay: bool = False  # momentum and weight decay, which move weights without a gradient too
 
@@ -66,6 +67,7 @@ CASES = [Case("grpo", accumulate=k) for k in (1, 2, 4)] + [
     Case("ppo", changes=(("critic_warmup", 99),)),
     Case("iterative_dpo", accumulate=2),
     Case("grpo", changes=(("max_tokens_per_microbatch", 40),), tied=True),  # checkpointed pieces
+    Case("grpo", accumulate=2, tied=True, lora=True, updates=2, changes=(("kl_coef", 0.2),)),
     Case("raft", changes=(("rejected", "drop"),), rights=0, decay=True),  # nothing to learn from
     Case("grpo", poison=True, decay=True, updates=2),  # the first update is skipped
 ]
@@ -118,7 +120,8 @@ def policy_folder(folder: Path, tied: bool) -> Path:
 def made(case: Case, folder: Path) -> PolicyAlgorithm:
     path = str(policy_folder(folder, case.tied))
     changes = {"updates": case.updates} | dict(case.changes)
-    algo = build(case.algo, policy=lambda: load_policy(path), configure=False, **changes)
+    policy = functools.partial(load_policy, path, lora={"r": 4} if case.lora else None)
+    algo = build(case.algo, policy=policy, configure=False, **changes)
     if case.decay:
         kind = functools.partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=0.1)
         algo.optimizer_factory = kind
@@ -127,6 +130,7 @@ def made(case: Case, folder: Path) -> PolicyAlgorithm:
 
 def one_step(case: Case, strategy: object, devices: int, folder: Path) -> dict[str, Tensor]:
     """The weights after the case's updates, whole, and what else must agree over strategies."""
+    torch.manual_seed(0)  # a run's seed, which adapters start from
     algo, data = made(case, folder), OneStep(case)
     trainer = lightning.Trainer(
         accelerator="cpu",
