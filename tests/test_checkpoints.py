@@ -23,7 +23,8 @@ def boundary(checkpoint: Checkpoint, step: int, score: float | None, folder: boo
         (partial / "shard").write_text(str(step))
     else:
         partial.write_text(str(step))
-    checkpoint.publish(partial, name)
+    checkpoint.kept[name] = [best for _, best in checkpoint.best]
+    checkpoint.publish(partial)
 
 
 def names(checkpoint: Checkpoint) -> list[str]:

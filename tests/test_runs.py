@@ -112,6 +112,12 @@ def test_the_same_seed_gives_the_same_run_to_the_last_digit(reference, tmp_path)
     assert_same_run(tmp_path / "again", reference)
 
 
+def test_checkpoints_written_from_a_thread_are_the_same(reference, tmp_path):
+    run(tmp_path / "thread", *SMALL, "callbacks.checkpoint.asynchronous=true")
+    assert_same_run(tmp_path / "thread", reference)
+    assert not list((tmp_path / "thread" / "checkpoints").glob("*.partial"))
+
+
 def test_another_seed_gives_another_run(reference, tmp_path):
     run(tmp_path / "other", *SMALL, "seed=1")
     assert equal_but_time(tmp_path / "other" / "metrics.csv", reference / "metrics.csv")

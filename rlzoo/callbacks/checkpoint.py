@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.checkpoints import FORMAT, saved_by
 from rlzoo.distributed import all_gather
-from rlzoo.errors import check_at_least
+from rlzoo.errors import UserError, check_at_least
 
 
 class Checkpoint(BoundaryCallback):
@@ -27,6 +29,8 @@ class Checkpoint(BoundaryCallback):
         every: rollout steps between two checkpoints.
         monitor: column of metrics.csv whose largest value is the best; null keeps no best.
         keep_best: checkpoints kept beside the last one, those with the largest `monitor`.
+        asynchronous: writes the file from a thread, on a copy of everything in memory, while the
+            next rollout step is drawn. Not under DeepSpeed and FSDP, which write for themselves.
     """
 
     def __init__(
@@ -35,19 +39,48 @@ class Checkpoint(BoundaryCallback):
         every: int = 1,
         monitor: str | None = "val/avg_at_8",
         keep_best: int = 1,
+        asynchronous: bool = False,
     ) -> None:
         check_at_least("callbacks.checkpoint.every", every, 1)
         check_at_least("callbacks.checkpoint.keep_best", keep_best, 0)
         self.folder, self.every, self.monitor = Path(run_dir) / "checkpoints", every, monitor
         self.keep_best = keep_best if monitor is not None else 0
         self.best: list[tuple[float, str]] = []  # (score, name) of those kept, the best one first
-        self.stopped = False
+        self.kept: dict[str, list[str]] = {}  # by checkpoint being saved: names of the best by then
+        self.asynchronous = asynchronous
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
+        if not self.asynchronous:
+            return
+        io = trainer.strategy.checkpoint_io
+        if not isinstance(io, AsyncCheckpointIO):
+            raise UserError(
+                "callbacks.checkpoint.asynchronous=true needs a strategy that saves one file, not"
+                f" {type(trainer.strategy).__name__}. Set it to false, or take strategy=ddp."
+            )
+        io.checkpoint_io.publish = self.publish
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes Lightning count the epoch that begins when a run is resumed at the end of one.
+
+        It takes that for a resume inside an epoch. The checkpoints of the epoch would then say that
+        none is in progress, and resumes of those that none of its microbatches was trained, until
+        optimizer steps were made of microbatches of two.
+        """
+        loop = trainer.fit_loop
+        progress = loop.epoch_progress.total
+        if loop.restarted_mid_epoch and progress.processed == progress.ready:
+            loop.reset_restart_stage()
 
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
+        trained = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if trained % trainer.accumulate_grad_batches:
+            raise RuntimeError(
+                f"A rollout step ended after microbatch {trained} of the epoch by Lightning's count,"
+                " inside an optimizer step: the count is off since a resume."
+            )
         stopping = data.stop_reason() is not None
         score = all_gather(data.last_row.get(self.monitor))[0]  # rank 0 alone has the row
         name = f"step_{data.rollout_step:06d}.ckpt"
@@ -73,26 +106,29 @@ class Checkpoint(BoundaryCallback):
         partial = self.folder / f"{name}.partial"
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove(partial)
+            for left in self.folder.glob("*.partial") if not self.kept else ():
+                remove(left)  # by a save that was killed
+            self.kept[name] = [best for _, best in self.best]
         trainer.strategy.barrier("rlzoo.checkpoint")
         try:
             trainer.save_checkpoint(partial)
         except OSError:
             remove(partial)  # on a full disk, half a checkpoint takes the last room
             raise
-        if trainer.is_global_zero:
-            self.publish(partial, name)
+        if trainer.is_global_zero and not self.asynchronous:
+            self.publish(partial)
 
-    def publish(self, partial: Path, name: str) -> None:
+    def publish(self, partial: Path) -> None:
         """Makes a whole checkpoint the last one, and removes those that are no longer kept."""
+        name = partial.name.removesuffix(".partial")
+        best = self.kept.pop(name)
         remove(self.folder / name)
         os.replace(partial, self.folder / name)
         point(self.folder / "last.ckpt", name)
-        if self.best:
-            point(self.folder / "best.ckpt", self.best[0][1])
-        kept = {name, *(best for _, best in self.best)}
-        for path in self.folder.glob("step_*"):
-            if path.name not in kept:
+        if best:
+            point(self.folder / "best.ckpt", best[0])
+        for path in self.folder.glob("step_*.ckpt"):
+            if path.name not in {name, *best}:
                 remove(path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,6 +147,23 @@ class Checkpoint(BoundaryCallback):
         for logger, logger_state in zip(self._trainer.loggers, state["loggers"], strict=True):
             if logger_state:
                 logger.load_state_dict(logger_state)
+
+
+class PublishingIO(TorchCheckpointIO):
+    """Writes a file and then says so, from whatever thread it is called in."""
+
+    publish: Callable[[Path], None]
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        super().save_checkpoint(checkpoint, path, storage_options)
+        self.publish(Path(path))
+
+
+def asynchronous_io() -> AsyncCheckpointIO:
+    """Lightning's plugin that saves from a thread; `Checkpoint` sets what follows a save."""
+    return AsyncCheckpointIO(PublishingIO())
 
 
 def point(link: Path, name: str) -> None:
