@@ -51,6 +51,7 @@ class Case:
     tied: bool = False
     lora: bool = False
     updates: int = 1
+    checkpointing: bool = False  # recomputes activations in the backward pass
     decay: bool = False  # momentum and weight decay, which move weights without a gradient too
 
     @property
@@ -63,6 +64,7 @@ DOUBLE_DIVISION = Case("grpo", accumulate=4)
 CASES = [Case("grpo", accumulate=k) for k in (1, 2, 4)] + [
     Case("raft", accumulate=2, changes=(("rejected", "drop"),), rights=1),  # a rank has nothing
     Case("grpo", accumulate=2, tied=True, changes=(("kl_coef", 0.2),)),
+    Case("grpo", accumulate=2, checkpointing=True),
     Case("ppo", accumulate=2, clip=0.05),
     Case("ppo", changes=(("critic_warmup", 99),)),
     Case("iterative_dpo", accumulate=2),
@@ -120,7 +122,12 @@ def policy_folder(folder: Path, tied: bool) -> Path:
 def made(case: Case, folder: Path) -> PolicyAlgorithm:
     path = str(policy_folder(folder, case.tied))
     changes = {"updates": case.updates} | dict(case.changes)
-    policy = functools.partial(load_policy, path, lora={"r": 4} if case.lora else None)
+    policy = functools.partial(
+        load_policy,
+        path,
+        lora={"r": 4} if case.lora else None,
+        gradient_checkpointing=case.checkpointing,
+    )
     algo = build(case.algo, policy=policy, configure=False, **changes)
     if case.decay:
         kind = functools.partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=0.1)
