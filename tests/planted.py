@@ -33,7 +33,8 @@ def planted(source: str, old: str, new: str) -> str:
 
 
 def noticed(copy: Path, tests: str) -> bool:
-    command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *tests.split()]
+    command = [sys.executable, "-m", "pytest", "-xq", "-n", "0", "-p", "no:cacheprovider"]
+    command += tests.split()
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     code = subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode
     if code not in (0, 1):
