@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import socket
 import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 from torch.distributed import TCPStore
 
+from rlzoo.callbacks.preemption import Preempted
 from rlzoo.distributed import all_gather, world
 from rlzoo.errors import UserError, check_at_least
 
@@ -23,6 +27,9 @@ class RankWatch(Callback):
     that rank until the process group's time-out.
 
     Each rank gives a sign of life every second, from a thread, through a store that rank 0 keeps.
+    The ranks of one machine also learn from its kernel when another has ended: Lightning looks at
+    the processes that it started every five seconds, and kills them all, rank 0 included, without a
+    word to the terminal if one of them has failed. So that it does not, they outlive rank 0.
 
     Args:
         patience: seconds without a sign after which a rank counts as dead.
@@ -50,8 +57,12 @@ class RankWatch(Callback):
         self.store = TCPStore(host, port, is_master=False, timeout=timeout)
         names = all_gather(f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
         self.names, self.rank = names, rank
+        places = all_gather((process_namespace(), os.getpid()))
+        self.neighbours = open_neighbours(rank, places)
+        self.started_by_first = 0 in self.neighbours and places[0][1] == os.getppid()
         self.thread = threading.Thread(target=self.watch, daemon=True, name="rank-watch")
         self.thread.start()
+        threading.Thread(target=self.watch_neighbours, daemon=True, name="neighbours").start()
 
     def watch(self) -> None:
         seen = {other: ("", time.monotonic()) for other in range(len(self.names))}
@@ -59,17 +70,15 @@ class RankWatch(Callback):
         while not self.done.wait(BEAT):
             beats += 1
             lost = self.look(beats, seen)
-            if lost is not None and not self.done.is_set():
-                say(f"{lost} Stopping; go on with ckpt_path=last.")
-                os._exit(LOST_RANK)
+            if lost is not None:
+                self.stop(lost)
 
     def look(self, beats: int, seen: dict[int, tuple[str, float]]) -> str | None:
         """One round: our sign, and what is wrong with the others, if anything."""
         try:
             self.store.set(f"beat/{self.rank}", str(beats))
             for other in seen:
-                key = f"beat/{other}"
-                found = self.store.get(key).decode() if self.store.check([key]) else ""
+                found = self.last_word(other)
                 if found != seen[other][0]:
                     seen[other] = (found, time.monotonic())
                 quiet = time.monotonic() - seen[other][1]
@@ -81,16 +90,47 @@ class RankWatch(Callback):
             return f"{self.names[0]} is gone."
         return None
 
+    def watch_neighbours(self) -> None:
+        """Waits for ranks of this machine to end; one that said why is left to `look`."""
+        ranks, poll = {fd: rank for rank, fd in self.neighbours.items()}, select.poll()
+        for fd in ranks:
+            poll.register(fd, select.POLLIN)
+        while ranks and not self.done.is_set():
+            for fd, _ in poll.poll():
+                poll.unregister(fd)
+                rank, word = ranks.pop(fd), ""
+                with contextlib.suppress(RuntimeError, OSError):  # rank 0's store went with it
+                    word = self.last_word(rank)
+                if not word.startswith(("failed:", "done")):
+                    self.stop(f"{self.names[rank]} is gone.")
+
+    def last_word(self, rank: int) -> str:
+        """A rank's last sign of life; RuntimeError or OSError if the store is gone."""
+        key = f"beat/{rank}"
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+    def stop(self, reason: str) -> None:
+        """Ends this rank, unless it is ending by itself."""
+        if not self.done.is_set():
+            say(f"{reason} Stopping; go on with ckpt_path=last.")
+            os._exit(LOST_RANK)
+
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Tells the others why; or, where the exception only says that a peer is gone, waits until
         it is known who, and ends with that."""
-        if self.thread is None or isinstance(exception, UserError):
+        if self.thread is None:
             return
-        if any(symptom in str(exception) for symptom in SYMPTOMS):
-            self.thread.join(self.patience + 10)
-        self.close(f"failed:{type(exception).__name__}")
+        if isinstance(exception, Preempted):  # so are all
+            self.on_train_end(trainer, pl_module)
+        else:
+            mine = isinstance(exception, UserError)
+            if not mine and any(symptom in str(exception) for symptom in SYMPTOMS):
+                self.thread.join(self.patience + 10)
+            self.close(f"failed:{type(exception).__name__}")
+        if self.started_by_first:
+            select.select([self.neighbours[0]], [], [], self.patience)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.thread is not None:
@@ -104,6 +144,29 @@ class RankWatch(Callback):
             self.store.set(f"beat/{self.rank}", last_word)
         except (RuntimeError, OSError):
             pass  # nobody is left to read it
+
+
+def process_namespace() -> str:
+    """Equal for processes whose process numbers mean the same; "" where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def open_neighbours(rank: int, places: list[tuple[str, int]]) -> dict[int, int]:
+    """File descriptors that become readable when another rank of this machine ends, by rank.
+
+    Args:
+        places: of each rank, its process namespace and number.
+    """
+    found = {}
+    for other, (namespace, pid) in enumerate(places):
+        if other != rank and namespace and namespace == places[rank][0]:
+            with contextlib.suppress(OSError):  # gone already, or a kernel without these
+                found[other] = os.pidfd_open(pid)
+    return found
 
 
 def say(message: str) -> None:

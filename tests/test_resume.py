@@ -1,0 +1,96 @@
+"""Runs stopped or killed again and again end as one left alone does. `python -m rlzoo.bench resume`
+kills two processes under every strategy, twenty times each."""
+
+import gc
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import pytest
+from lightning import Callback
+
+from rlzoo.bench.resume import (
+    OPTIONS,
+    WatchedRun,
+    boundaries,
+    compare,
+    run_to_the_end,
+    save_state,
+)
+from rlzoo.callbacks.preemption import Preempted
+from rlzoo.configuration import conf_dir
+from rlzoo.training import train
+
+STEPS = 6
+SINGLE = (*OPTIONS, f"limits.max_responses={STEPS * 48}", "trainer.devices=1", "logger=csv")
+SHORT = (*OPTIONS, "limits.max_responses=192", "strategy=deepspeed_zero2")  # four rollout steps
+TRIES = 3  # a kill that comes a moment late is tried again
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("resume") / "reference"
+    run_to_the_end(run_dir, SHORT)
+    return run_dir
+
+
+def kill_when(run_dir: Path, condition: Callable[[WatchedRun], bool]) -> WatchedRun:
+    with WatchedRun(run_dir, *SHORT, "ckpt_path=auto") as run:
+        assert run.wait_for(lambda: condition(run)), "the run ended first"
+        run.kill()
+    return run
+
+
+def in_a_second_save(run: WatchedRun) -> bool:
+    half = run.phase == "checkpointing" and save_state(run.folder) == "half written"
+    return half and boundaries(run.folder) >= 1
+
+
+def mid_accumulation(run: WatchedRun) -> bool:
+    return run.phase == "training" and run.microbatches % 2 == 1
+
+
+@pytest.mark.deepspeed
+def test_two_ranks_killed_in_the_save_and_mid_accumulation_end_as_two_left_alone(
+    reference, tmp_path
+):
+    run_dir = tmp_path / "killed"
+    for moment in (in_a_second_save, mid_accumulation):
+        assert any(moment(kill_when(run_dir, moment)) for _ in range(TRIES)), moment.__name__
+    run_to_the_end(run_dir, (*SHORT, "ckpt_path=auto"))
+    assert compare(run_dir, reference) == []
+
+
+
+class Told(Callback):
+    """Tells a run to stop as soon as it starts, so that it ends at its next boundary."""
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.datamodule.told_to_stop = "SIGTERM"
+
+
+def train_whole_and_in_pieces(folder: Path) -> None:
+    """The same run twice, once stopped at every boundary."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        whole = hydra.compose("train", [*SINGLE, f"run_dir={folder / 'whole'}"])
+        told = "+callbacks.told._target_=tests.test_resume.Told"
+        pieces = hydra.compose(
+            "train", [*SINGLE, f"run_dir={folder / 'pieces'}", "ckpt_path=auto", told]
+        )
+    train(whole)
+    for _ in range(STEPS - 1):
+        with pytest.raises(Preempted):
+            train(pieces)
+        gc.collect()  # what the exception held locks the run directory
+    train(pieces)
+
+
+def test_a_run_stopped_at_every_boundary_ends_as_one_left_alone(tmp_path):
+    """Every resume is of a checkpoint that a resumed run has saved, inside epochs and between."""
+    context = multiprocessing.get_context("spawn")  # training sets much that is global
+    process = context.Process(target=train_whole_and_in_pieces, args=(tmp_path,))
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0
+    assert compare(tmp_path / "pieces", tmp_path / "whole") == []
