@@ -5,6 +5,7 @@ docstrings in hosts.py say what they share.
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,12 @@ def assert_one_run_of_two_ranks(run_dir: Path, expected: Path) -> None:
 
 @pytest.fixture
 def namespaced() -> Iterator[tuple[Host, Host]]:
-    hosts = two_hosts()
-    try:
-        pair = hosts.__enter__()
-    except NotPermitted as error:
-        pytest.skip(f"no network namespaces here: {error}")
-    yield pair
-    hosts.__exit__(None, None, None)
+    with ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(two_hosts())
+        except NotPermitted as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        yield hosts
 
 
 @pytest.mark.deepspeed
