@@ -23,12 +23,15 @@ GROUPS = sorted(p for p in conf_dir().iterdir() if p.is_dir())
 BASES = ("algo/shared", "algo/clipped")  # keys that algorithms share, no choice of their own
 FILES = [f"{group.name}/{p.stem}" for group in GROUPS for p in sorted(group.glob("*.yaml"))]
 CHOICES = [name for name in FILES if name not in BASES]
+ON_CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 NEEDS = {  # what a user has to give besides the choice, and what this machine has not
     "engine/vllm_server": ["engine.addresses=[http://localhost:8000]"],
     "model/hf": ["model.path=tiny", "lr=1e-4"],
     "datamodule/sft": ["algo=sft"],
     "callbacks/sft": ["algo=sft"],
-    "trainer/gpu": ["trainer.accelerator=cpu", "trainer.precision=32-true"],
+    "trainer/gpu": ON_CPU,
+    "trainer/gpu8": ON_CPU,
+    "trainer/slurm": ON_CPU,
 }
 
 

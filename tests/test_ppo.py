@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 
 from rlzoo.algos import PPO
 from rlzoo.ledger import Ledger
@@ -94,6 +95,7 @@ def updated(algo: PPO, rollouts: Rollouts) -> dict[str, bool]:
     """Which modules one optimizer step changes."""
     before = {name: p.detach().clone() for name, p in algo.named_parameters()}
     algo.trainer = SimpleNamespace(
+        precision_plugin=Precision(),
         world_size=1,
         global_rank=0,
         accumulate_grad_batches=1,
