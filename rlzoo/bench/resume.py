@@ -58,6 +58,8 @@ OPTIONS = (
     "algo.updates=2",
 )
 STEERED = PHASES[: PHASES.index("between")]
+HALF = "half written"  # within checkpointing: there is a checkpoint that has not been renamed
+AIMS = (*STEERED, HALF)
 MOST_IN_STARTING = 2  # such a kill costs a start and tells little
 ANYWHERE = 7  # every so many kills one is not steered
 LOOK = 0.0005  # seconds between two looks at where a run is
@@ -156,7 +158,7 @@ def save_state(folder: Path) -> str:
     """What a kill while checkpointing left: how far the save had come."""
     names = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
     if any(name.endswith(".partial") for name in names):
-        return "half written"
+        return HALF
     whole = [int(name.removeprefix("step_").removesuffix(".ckpt")) for name in names]
     if whole and max(whole) > boundaries(folder):
         return "renamed, not yet the last"
@@ -170,7 +172,7 @@ def save_state(folder: Path) -> str:
 class Kill:
     """One kill: what was aimed at, and where it hit."""
 
-    aimed: str | None  # a phase; None is anywhere
+    aimed: str | None  # one of AIMS; None is anywhere
     delay: float  # seconds let pass in that phase
     phase: str
     step: int  # rollout steps in the last checkpoint
@@ -179,8 +181,8 @@ class Kill:
 
 
 def choose(hits: Counter[str], done: int, rng: random.Random) -> str:
-    """A phase that was hit least, among those that the rest of the run has."""
-    possible = [phase for phase in STEERED if phase != "planning" or done <= STEPS - 2]
+    """An aim that was hit least, among those that the rest of the run has."""
+    possible = [phase for phase in AIMS if phase != "planning" or done <= STEPS - 2]
     if hits["starting"] >= MOST_IN_STARTING:
         possible.remove("starting")
     least = min(hits[phase] for phase in possible)
@@ -197,7 +199,7 @@ def kill_once(
     """Starts or resumes a run and kills it.
 
     Args:
-        aimed: phase to kill it in; None is anywhere after its start.
+        aimed: one of AIMS to kill it in; None is anywhere after its start.
         delay: seconds between its being seen there and its end.
         first: not before the last checkpoint holds so many rollout steps.
 
@@ -209,6 +211,8 @@ def kill_once(
     def there() -> bool:
         nonlocal ready
         phase = run.phase
+        if phase == "checkpointing" and aimed == HALF:
+            phase = save_state(folder)
         if aimed is None:
             return phase not in ("starting", "between") and boundaries(folder) >= first
         ready = ready or (phase != aimed and boundaries(folder) >= first)
@@ -237,7 +241,7 @@ def lengths_of_run(folder: Path, options: tuple[str, ...]) -> dict[str, float]:
         spent = [float(row.get(f"time/{phase}") or 0.0) for row in rows]
         spent = [seconds for seconds in spent if seconds > 1e-4]
         lengths[phase] = sum(spent) / len(spent)
-    return lengths
+    return lengths | {HALF: lengths["checkpointing"] / 4}
 
 
 # --- one strategy -------------------------------------------------------------------------------
@@ -255,19 +259,19 @@ def study(
     for i in range(kills):
         done = boundaries(killed)
         aimed = None if i % ANYWHERE == ANYWHERE - 1 else choose(hits, done, rng)
-        length = sum(lengths.values()) - lengths["starting"] if aimed is None else lengths[aimed]
+        length = sum(lengths[phase] for phase in STEERED[1:]) if aimed is None else lengths[aimed]
         delay = rng.uniform(0, length) / 2 ** misses[aimed]  # sooner where it came too late
         hit = kill_once(killed, options, aimed, delay, i * (STEPS - 2) // kills)
         if hit is None:
             break
-        hits[hit.phase] += 1
-        misses[aimed] += aimed not in (None, hit.phase)
+        hits.update({hit.phase, hit.saved} - {None})
+        misses[aimed] += aimed not in (None, hit.phase, hit.saved)
         note({"strategy": strategy, "kill": i + 1, **asdict(hit)})
     run_to_the_end(killed, (*options, "ckpt_path=auto"))
     differences = compare(killed, whole)
     return {
         "strategy": strategy,
-        "kills": sum(hits.values()),
+        "kills": sum(hits[phase] for phase in PHASES),
         "equal": not differences,
         "control_differs": control_differs(control, whole),
         "phases": {phase: hits[phase] for phase in PHASES},
