@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,13 @@ def kind_of(path: Path) -> str:
     if (path / FSDP_META).is_file():
         return "fsdp"
     raise ValueError(f"{path} is neither a file nor a folder that DeepSpeed or FSDP wrote")
+
+
+def is_checkpoint(path: Path) -> bool:
+    try:
+        return bool(kind_of(path))
+    except ValueError:
+        return False
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -77,7 +86,8 @@ def whole_weights(path: Path) -> dict[str, Tensor]:
                 " rlzoo[deepspeed]."
             ) from error
         read_state(path)
-        found = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=DEEPSPEED_TAG)
+        with redirect_stdout(io.StringIO()):  # what it prints is its own progress
+            found = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=DEEPSPEED_TAG)
         return {name: tensor.clone() for name, tensor in found.items()}
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
 

@@ -98,13 +98,17 @@ def check_resume(cfg: DictConfig, checkpoint: Path | None, state: dict[str, Any]
         return False
     ranks = cfg.trainer.devices * cfg.trainer.num_nodes
     kind = strategy_kind(cfg)
-    if kind == kind_of(checkpoint) and (kind != "deepspeed" or saved["ranks"] == ranks):
+    if kind == kind_of(checkpoint) != "deepspeed":
         return True
+    if kind == "deepspeed" and saved["strategy"] == f"DeepSpeed stage {cfg.strategy.stage}":
+        if saved["ranks"] == ranks:
+            return True
+    name = cfg.strategy._target_.rpartition(".")[2]
     raise UserError(
         f"The checkpoint {checkpoint} was saved by {saved['ranks']} process(es) under"
-        f" {saved['strategy']}; this run has {ranks} under strategy={kind}, which cannot read its"
-        " optimizer state. Resume as it was saved, or add resume=weights: weights, data, counts and"
-        " outputs go on from there, the optimizer starts anew."
+        f" {saved['strategy']}; this run has {ranks} under {name}, which cannot read its optimizer"
+        " state. Resume as it was saved, or add resume=weights: weights, data, counts and outputs go"
+        " on from there, the optimizer starts anew."
     )
 
 

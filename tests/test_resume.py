@@ -3,12 +3,16 @@ kills two processes under every strategy, twenty times each."""
 
 import gc
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import hydra
 import pytest
+import torch
 from lightning import Callback
+from safetensors.torch import load_file
+from torch import Tensor
 
 from rlzoo.bench.resume import (
     OPTIONS,
@@ -20,7 +24,12 @@ from rlzoo.bench.resume import (
 )
 from rlzoo.callbacks.preemption import Preempted
 from rlzoo.configuration import conf_dir
+from rlzoo.errors import UserError
+from rlzoo.export import export
+from rlzoo.models.policy import load_policy
+from rlzoo.summary import read_metrics
 from rlzoo.training import train
+from tests.test_runs import run
 
 STEPS = 6
 SINGLE = (*OPTIONS, f"limits.max_responses={STEPS * 48}", "trainer.devices=1", "logger=csv")
@@ -61,6 +70,39 @@ def test_two_ranks_killed_in_the_save_and_mid_accumulation_end_as_two_left_alone
     run_to_the_end(run_dir, (*SHORT, "ckpt_path=auto"))
     assert compare(run_dir, reference) == []
 
+
+@pytest.mark.deepspeed
+def test_a_sharded_checkpoint_exports_and_starts_another_run(reference, tmp_path):
+    last = reference / "checkpoints" / "last.ckpt"
+    export(last.resolve(), tmp_path / "policy")
+    expected = load_file(reference / "policy" / "model.safetensors")
+    assert_equal(load_file(tmp_path / "policy" / "model.safetensors"), expected)
+    started = dict(load_policy("tiny", init_from=str(last)).named_parameters())
+    assert_equal({name: started[name] for name in expected}, expected)
+    with pytest.raises(UserError, match="is not empty"):
+        export(last.resolve(), tmp_path / "policy")
+
+
+@pytest.mark.deepspeed
+def test_other_processes_go_on_from_weights_data_and_counts_if_asked_to(reference, tmp_path):
+    run_dir = tmp_path / "moved"
+    shutil.copytree(reference, run_dir, symlinks=True)
+    alone = (*OPTIONS, "strategy=auto", "trainer.devices=1", "ckpt_path=last")
+    output = run(run_dir, *alone, "limits.max_responses=288", expected=2)
+    assert "saved by 2 process(es) under DeepSpeed stage 2" in output and "resume=weights" in output
+    run(run_dir, *alone, "limits.max_responses=288", "resume=weights")
+    before, after = (read_metrics(d / "metrics.csv") for d in (reference, run_dir))
+    assert [row["rollout_step"] for row in after] == [str(step) for step in range(7)]
+    same = [name for name in before[0] if not name.startswith("time/")]
+    assert [[row[name] for name in same] for row in after[: len(before)]] == [
+        [row[name] for name in same] for row in before
+    ]
+    assert int(after[-1]["responses"]) == 288
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 class Told(Callback):

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.checkpoints import FORMAT, saved_by
@@ -135,7 +136,7 @@ class Checkpoint(BoundaryCallback):
         module, loggers = self._trainer.lightning_module, self._trainer.loggers
         states = [x.state_dict() if hasattr(x, "state_dict") else {} for x in loggers]
         by = {
-            "strategy": type(self._trainer.strategy).__name__,
+            "strategy": strategy_name(self._trainer.strategy),
             "ranks": self._trainer.world_size,
             "model": module.model_name,
         }
@@ -147,6 +148,12 @@ class Checkpoint(BoundaryCallback):
         for logger, logger_state in zip(self._trainer.loggers, state["loggers"], strict=True):
             if logger_state:
                 logger.load_state_dict(logger_state)
+
+
+def strategy_name(strategy: Strategy) -> str:
+    """What a checkpoint's parts depend on beside the number of ranks."""
+    stage = getattr(strategy, "stage", None)
+    return type(strategy).__name__ + (f" stage {stage}" if stage else "")
 
 
 class PublishingIO(TorchCheckpointIO):

@@ -6,7 +6,7 @@ Collective under FSDP and ZeRO-3: every rank makes the same calls in the same or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +72,21 @@ def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
             raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, the model's is {shape}")
         with torch.no_grad(), gathered_in_place([own[name]], modify=True):
             own[name].data.copy_(tensor)
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """Within it, transformers loads models whole where ZeRO-3 has it load them in parts."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    held = None if reference is None else reference()
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if held is not None:
+            integration.set_hf_deepspeed_config(held)
 
 
 def through(module: nn.Module, function: Callable[..., T], *arguments: Any) -> T:

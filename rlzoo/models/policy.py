@@ -15,9 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlzoo.checkpoints import policy_weights
+from rlzoo.checkpoints import is_checkpoint, policy_weights
 from rlzoo.errors import UserError
-from rlzoo.models.gather import load_whole
+from rlzoo.models.gather import load_whole, loading_whole
 from rlzoo.models.lora import add_lora
 
 TINY = Path(__file__).parent / "tiny"  # the policy shipped with rlzoo
@@ -62,7 +62,7 @@ def load_policy(
         attention: transformers' attn_implementation.
         gradient_checkpointing: recompute activations in the backward pass.
         trust_remote_code: run code that a hub model brings along.
-        init_from: takes the weights, and nothing else, from an rlzoo checkpoint file or from
+        init_from: takes the weights, and nothing else, from an rlzoo checkpoint or from
             another model directory of the same architecture. Adapters that a checkpoint has are
             merged into them.
         lora: trains low-rank adapters alone, see `rlzoo.models.lora`; None trains all weights.
@@ -91,12 +91,13 @@ def load_policy(
 
 
 def load_weights(policy: nn.Module, source: str) -> None:
-    """Copies weights into a policy from a checkpoint file (.ckpt) or a model directory."""
-    if Path(source).is_file():
-        state = policy_weights(Path(source))
+    """Copies weights into a policy from a checkpoint (.ckpt), sharded or not, or a model directory."""
+    if is_checkpoint(Path(source)):
+        state = policy_weights(Path(source).resolve())
     else:
         directory = model_directory(source, key="init_from")
-        state = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+        with loading_whole():
+            state = AutoModelForCausalLM.from_pretrained(directory).state_dict()
     try:
         load_whole(policy, state)
     except RuntimeError as error:

@@ -66,6 +66,7 @@ class DeepSpeed(DeepSpeedStrategy):
             "steps_per_print": None,
         }
         super().__init__(config=config, timeout=timedelta(seconds=timeout))
+        self.stage = stage
         self._side_engines: list[Any] = []
 
     # --- on a CPU ---------------------------------------------------------------------------
