@@ -165,7 +165,7 @@ def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
 def build_trainer(
     cfg: DictConfig, callbacks: list[Callback], purge_step: int | None
 ) -> lightning.Trainer:
-    nodes = [node.copy() for node in cfg.logger.values()]
+    nodes = [node.copy() for node in cfg.logger.values() if node]  # null leaves one out
     loggers = [
         instantiate(node, purge_step=purge_step) if "TensorBoard" in node._target_ else instantiate(node)
         for node in nodes
