@@ -162,7 +162,9 @@ def import_deepspeed(stage: int) -> None:
     level = root.level
     root.setLevel(logging.WARNING)
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed
+
+        _ = deepspeed.ops.__compatible_ops__  # found out at the first look
     except ImportError as error:
         raise UserError(
             f"strategy=deepspeed_zero{stage} needs DeepSpeed, which is not installed ({error})."
