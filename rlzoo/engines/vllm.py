@@ -308,7 +308,11 @@ def import_vllm(log_file: Path) -> ModuleType:
     """
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
     logger = logging.getLogger("vllm")
-    if not logger.handlers:
+    handlers = [h for h in logger.handlers if isinstance(h, logging.FileHandler)]
+    if [handler.baseFilename for handler in handlers] != [str(log_file.absolute())]:
+        for handler in handlers:  # of an engine before this one
+            logger.removeHandler(handler)
+            handler.close()
         logger.addHandler(logging.FileHandler(log_file))
         logger.setLevel(logging.INFO)
         logger.propagate = False
