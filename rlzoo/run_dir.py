@@ -10,7 +10,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -44,8 +44,10 @@ def claim(run_dir: Path, resuming: bool) -> IO[str]:
     return lock
 
 
-def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint to resume; "last" is the last one of this run directory.
+def find_checkpoint(
+    ckpt_path: str | None, run_dir: Path
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint to resume, and its state; "last" is the last one of this run directory.
 
     None, which starts anew and to the same end, if a run began there and was stopped before its
     first boundary; with "auto", also if none began there.
@@ -54,12 +56,12 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
         UserError: it does not exist, or cannot be read.
     """
     if ckpt_path is None:
-        return None
+        return None, None
     named = ckpt_path in ("last", "auto")
     path = run_dir / "checkpoints" / "last.ckpt" if named else Path(ckpt_path)
     begun = ckpt_path == "auto" or (run_dir / "config.yaml").exists()
     if named and not path.exists() and begun:
-        return None
+        return None, None
     if not path.exists():
         raise UserError(
             f"ckpt_path={ckpt_path}: there is no checkpoint at {path}. Give run_dir the directory"
@@ -73,7 +75,7 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
             f"The checkpoint {path} is damaged or no checkpoint ({type(error).__name__}). Resume"
             f" another one, such as {path.with_name('best.ckpt')}."
         ) from error
-    return path.resolve()  # a link may come to point to another one
+    return path.resolve(), state  # a link may come to point to another one
 
 
 def describe(run_dir: Path, cfg: DictConfig) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from rlzoo.callbacks.checkpoint import asynchronous_io
 from rlzoo.callbacks.doctor import Diagnosed
 from rlzoo.callbacks.restore import Restore
-from rlzoo.checkpoints import kind_of, read_state, saved_by, whole_weights
+from rlzoo.checkpoints import kind_of, saved_by, whole_weights
 from rlzoo.engines.shapes import empty_model, expected_shapes
 from rlzoo.errors import UserError, check_choice
 from rlzoo.ledger import Limits
@@ -47,8 +47,7 @@ def train(cfg: DictConfig) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     quieten(run_dir)
     set_up_process(cfg)
-    checkpoint = find_checkpoint(cfg.ckpt_path, run_dir)
-    state = None if checkpoint is None else read_state(checkpoint)
+    checkpoint, state = find_checkpoint(cfg.ckpt_path, run_dir)
     exact = check_resume(cfg, checkpoint, state)
     bars = Bars(enabled=is_first())
     parts = build(cfg, bars)
@@ -56,6 +55,7 @@ def train(cfg: DictConfig) -> None:
         parts["algo"].restored_weights = partial(whole_weights, checkpoint)
         parts["callbacks"].insert(0, Restore(state))
     trainer = build_trainer(cfg, parts["callbacks"], purge_step(state))
+    del state  # mapped from a file, which would keep its room on the disk once it is removed
     if is_first():
         describe(run_dir, cfg)
     data = parts["datamodule"]

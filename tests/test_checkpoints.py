@@ -13,9 +13,7 @@ from rlzoo.errors import UserError
 def boundary(checkpoint: Checkpoint, step: int, score: float | None, folder: bool = False) -> None:
     """As at a boundary: the score is judged, then what was written aside is published."""
     name = f"step_{step:06d}.ckpt"
-    if checkpoint.improves(score):
-        checkpoint.best = sorted([*checkpoint.best, (score, name)], key=lambda kept: -kept[0])
-        checkpoint.best = checkpoint.best[: checkpoint.keep_best]
+    checkpoint.ranked(score, name)
     partial = checkpoint.folder / f"{name}.partial"
     checkpoint.folder.mkdir(exist_ok=True)
     if folder:

@@ -85,20 +85,21 @@ class Checkpoint(BoundaryCallback):
         stopping = data.stop_reason() is not None
         score = all_gather(data.last_row.get(self.monitor))[0]  # rank 0 alone has the row
         name = f"step_{data.rollout_step:06d}.ckpt"
-        improved = self.improves(score)
-        if improved:
-            self.best = sorted([*self.best, (score, name)], key=lambda kept: -kept[0])
-            self.best = self.best[: self.keep_best]
+        improved = self.ranked(score, name)
         if stopping or improved or data.preempted() or data.rollout_step % self.every == 0:
             with data.ledger.phase("checkpointing"):
                 self.save(trainer, name)
         if stopping:
             trainer.should_stop = True
 
-    def improves(self, score: float | None) -> bool:
+    def ranked(self, score: float | None, name: str) -> bool:
+        """Whether a checkpoint of this score is among the best, which it then is one of."""
         if score is None or not self.keep_best:
             return False
-        return len(self.best) < self.keep_best or score > self.best[-1][0]
+        if len(self.best) == self.keep_best and score <= self.best[-1][0]:
+            return False
+        self.best = sorted([*self.best, (score, name)], key=lambda kept: -kept[0])[: self.keep_best]
+        return True
 
     def save(self, trainer: Trainer, name: str) -> None:
         for logger in trainer.loggers:

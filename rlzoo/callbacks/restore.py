@@ -22,3 +22,4 @@ class Restore(Callback):
         for callback in trainer.callbacks:
             if callback.state_key in self.state["callbacks"]:
                 callback.load_state_dict(self.state["callbacks"][callback.state_key])
+        self.state = {}  # mapped from a file that will be removed

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -174,6 +175,17 @@ def import_deepspeed(stage: int) -> None:
         root.setLevel(level)
 
 
+def partition_norms(optimizer: Any) -> list[Tensor]:
+    """Norm of each parameter group's averaged gradient in stages 1 and 2; collective."""
+    if optimizer.cpu_offload:
+        norm = optimizer.complete_grad_norm_calculation_for_cpu_offload
+        return [norm(parameters) for parameters in optimizer.params_in_partition]
+    return [
+        optimizer.get_grad_norm_direct(optimizer.averaged_gradients[i], parameters)
+        for i, parameters in enumerate(optimizer.params_in_partition)
+    ]
+
+
 def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
     """Makes a ZeRO optimizer clip each parameter group by its own norm, and skip what must be.
 
@@ -188,7 +200,7 @@ def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
     """
     third = hasattr(optimizer, "_get_norm_groups")
     name = "_get_norm_groups" if third else "scaled_global_norm"
-    combine = getattr(optimizer, name)
+    norms_of_parts = getattr(optimizer, name) if third else partial(partition_norms, optimizer)
     step = optimizer._optimizer_step
     scales: dict[str, float] = {}  # of the update in progress, by parameter group
 
@@ -197,17 +209,6 @@ def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
 
     def name_of(part: int) -> str:
         return optimizer.param_groups[group_of(part)]["name"]
-
-    def norms_of_parts() -> list[Tensor]:
-        if third:
-            return combine()
-        if optimizer.cpu_offload:
-            norm = optimizer.complete_grad_norm_calculation_for_cpu_offload
-            return [norm(parameters) for parameters in optimizer.params_in_partition]
-        return [
-            optimizer.get_grad_norm_direct(optimizer.averaged_gradients[i], parameters)
-            for i, parameters in enumerate(optimizer.params_in_partition)
-        ]
 
     def settled(*_: Any) -> Any:
         """Norms for ZeRO to look at: those of the parts, or infinite ones to skip the update."""
