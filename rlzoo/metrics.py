@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from rlzoo.errors import UserError
+from rlzoo.rewards.base import is_right
 
 
 def _add_sum(metric: Metric, name: str, *shape: int) -> None:
@@ -19,7 +20,8 @@ def _add_sum(metric: Metric, name: str, *shape: int) -> None:
 class PassMetrics(Metric):
     """avg@n and pass@k over prompts, from the rewards of whole groups.
 
-    A response is correct when its reward is positive, so rewards of 0/1 and of -1/+1 read alike.
+    A response is correct when it has the full reward of 1 (`rlzoo.rewards.base.is_right`), so
+    rewards of 0/1 and of -1/+1 read alike.
     Groups may have any sizes. A group of n responses counts for pass@k only where n >= k: with
     fewer, the unbiased estimator 1 - C(n - c, k) / C(n, k) of arXiv:2107.03374 does not exist.
 
@@ -51,13 +53,13 @@ class PassMetrics(Metric):
         """Adds whole groups.
 
         Args:
-            rewards: [N] one per response; above 0 is correct.
+            rewards: [N] one per response; 1 is correct.
             group_ids: [N] integers, equal within a group; in any order. A group split over two
                 calls would count as two prompts.
         """
         _, group = group_ids.unique(return_inverse=True)  # [N] in [0, P)
         num_responses = group.bincount().double()  # [P]
-        num_correct = group.bincount(weights=(rewards > 0).double())  # [P]
+        num_correct = group.bincount(weights=is_right(rewards).double())  # [P]
         correctness = num_correct / num_responses
         self.avg_sum += correctness.sum()
         self.avg_square_sum += correctness.square().sum()

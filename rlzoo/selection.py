@@ -5,29 +5,31 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlzoo.advantages import DEGENERATE, group_stats
+from rlzoo.rewards.base import is_right
 
 
 def correct(rewards: Tensor) -> Tensor:
-    """[N] bool: the rollouts with the full reward of 1 (RAFT; arXiv:2504.11343 section 3)."""
-    return rewards > 1 - DEGENERATE
+    """[N] bool: the right rollouts (`rlzoo.rewards.base.is_right`)."""
+    return is_right(rewards)
 
 
 def solved_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """[N] bool: rollouts of groups in which every one is correct."""
-    return group_stats(rewards, group_ids).low > 1 - DEGENERATE
+    return is_right(group_stats(rewards, group_ids).low)
 
 
 def unsolved_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """[N] bool: rollouts of groups in which none is correct."""
-    return group_stats(rewards, group_ids).high <= 1 - DEGENERATE
+    return ~is_right(group_stats(rewards, group_ids).high)
 
 
 def mixed_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """[N] bool: rollouts of groups that hold right and wrong ones (Reinforce-Rej).
+    """[N] bool: rollouts of groups that hold right and wrong ones (Reinforce-Rej, DAPO).
 
-    A group of one is degenerate and goes; released code keeps it (algorithms.md 1.5).
+    A group of one is never mixed and goes; released code keeps it (algorithms.md 1.5).
     """
-    return ~group_stats(rewards, group_ids).degenerate
+    stats = group_stats(rewards, group_ids)
+    return is_right(stats.high) & ~is_right(stats.low)
 
 
 def best_and_worst(
@@ -50,6 +52,6 @@ def best_and_worst(
     for mine in members.values():
         best, worst = max(mine, key=values.__getitem__), min(mine, key=values.__getitem__)
         degenerate = values[best] - values[worst] <= DEGENERATE
-        if not degenerate and (values[best] > 1 - DEGENERATE or not chosen_must_be_correct):
+        if not degenerate and (is_right(values[best]) or not chosen_must_be_correct):
             pairs.append((best, worst))
     return pairs

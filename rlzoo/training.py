@@ -29,6 +29,7 @@ from rlzoo.models.lora import check_lora, lora_settings
 from rlzoo.models.policy import eos_token_ids, load_tokenizer, model_directory
 from rlzoo.progress import Bars
 from rlzoo.ranks import cluster_plugins, is_first, log_name
+from rlzoo.rewards.calling import make_reward
 from rlzoo.run_dir import claim, describe, find_checkpoint
 from rlzoo.summary import summarize
 
@@ -151,7 +152,7 @@ def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
             pad_token_id=tokenizer.pad_token_id,
         )
         allocator = instantiate(cfg.sampler.allocator)
-        reward = instantiate(cfg.reward)
+        reward = make_reward(cfg.reward)
         datamodule = instantiate(
             cfg.datamodule, source, tokenizer, engine, reward, allocator, bars, limits
         )

@@ -249,6 +249,7 @@ class PolicyAlgorithm(ScoringModule):
         """[N] rewards on `reward_scale`, less the penalties of length and of KL."""
         rewards = rollouts.rewards
         if self.reward_scale == "plus_minus_one":
+            check_zero_one(rollouts)
             rewards = 2 * rewards - 1
         limit = self.max_response_tokens
         penalty = soft_overlong_penalty(
@@ -313,3 +314,15 @@ class PolicyAlgorithm(ScoringModule):
         if batch.divisor == 0:
             return 0.0
         return self.trainer.world_size * self.trainer.accumulate_grad_batches / batch.divisor
+
+
+def check_zero_one(rollouts: Rollouts) -> None:
+    """Raises a UserError for a reward outside [0, 1], which would not land on [-1, 1]."""
+    inside = (rollouts.rewards >= 0) & (rollouts.rewards <= 1)
+    for i in (~inside).nonzero()[:1, 0].tolist():
+        prompt = rollouts.prompts[int(rollouts.group_ids[i])]
+        raise UserError(
+            f"algo.reward_scale=plus_minus_one takes rewards from [0, 1] to [-1, 1], but prompt"
+            f" {prompt.id} has one of {float(rollouts.rewards[i]):g}. Set"
+            " algo.reward_scale=zero_one, which leaves rewards as they are."
+        )

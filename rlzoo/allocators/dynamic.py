@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlzoo.advantages import DEGENERATE
 from rlzoo.allocators.uniform import Uniform
 from rlzoo.errors import check_at_least
+from rlzoo.rewards.base import is_right
 
 
 class Dynamic(Uniform):
@@ -32,7 +32,7 @@ class Dynamic(Uniform):
         self._degenerate = {
             prompt_id
             for prompt_id, mine in zip(prompt_ids, rewards, strict=True)
-            if max(mine) - min(mine) <= DEGENERATE
+            if is_right(max(mine)) == is_right(min(mine))
         }
 
     def done(self, prompt_id: str) -> bool:

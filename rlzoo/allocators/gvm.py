@@ -8,6 +8,7 @@ import numpy as np
 
 from rlzoo.allocators.base import OneRound, round_to_total
 from rlzoo.errors import UserError
+from rlzoo.rewards.base import is_right
 
 
 def gvm_weights(
@@ -87,7 +88,7 @@ class GVM(OneRound):
     ) -> None:
         """Keeps the latest round of pilots alone: older ones are of another policy."""
         self.accept_rates = {
-            prompt_id: float(np.mean(np.asarray(reward) > 0.5))
+            prompt_id: float(np.mean(is_right(np.asarray(reward))))
             for prompt_id, reward in zip(prompt_ids, rewards, strict=True)
         }
         self.grad_norms = dict(zip(prompt_ids, map(float, grad_norms), strict=True))

@@ -12,7 +12,7 @@ from rlzoo.data.rollout_files import write_rollouts
 from rlzoo.distributed import world
 from rlzoo.errors import UserError
 from rlzoo.loggers import CSVLogger
-from rlzoo.rewards.math import Verdict
+from rlzoo.rewards.base import Verdict, is_right
 from rlzoo.types import Rollouts
 
 
@@ -119,7 +119,7 @@ def rollout_figures(rollouts: Rollouts) -> dict[str, float]:
     share = lambda flags: float(flags.double().mean())  # noqa: E731
     return figures | {
         "reward": float(rewards.mean()),
-        "accept_rate": share(rollouts.verdicts == Verdict.RIGHT),
+        "accept_rate": share(is_right(rollouts.rewards)),
         "unverifiable": share(rollouts.verdicts == Verdict.UNVERIFIABLE),
         "truncated": share(rollouts.truncated),
         "length/mean": float(lengths.mean()),

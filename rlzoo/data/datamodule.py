@@ -21,7 +21,7 @@ from rlzoo.engines.base import Engine, SamplingParams
 from rlzoo.errors import UserError, check_at_least
 from rlzoo.ledger import Limits
 from rlzoo.progress import Bars
-from rlzoo.rewards.verifier import MathReward
+from rlzoo.rewards.base import Reward
 from rlzoo.rng import derive_seed
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
 
@@ -65,7 +65,7 @@ class RolloutDataModule(RunDataModule):
         source: PromptSource,
         tokenizer: PreTrainedTokenizerBase,
         engine: Engine,
-        reward: MathReward,
+        reward: Reward,
         allocator: Allocator,
         bars: Bars,
         limits: Limits,
@@ -251,7 +251,7 @@ class RolloutDataModule(RunDataModule):
         return RolloutLoader(self)
 
     def teardown(self, stage: str) -> None:
-        self.reward.close()
+        self.drawer.reward.close()
         self.engine.close()
 
     # --- resume -----------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Engine, Request, Response, SamplingParams
 from rlzoo.ledger import Ledger
 from rlzoo.progress import Bars
-from rlzoo.rewards.verifier import MathReward, Scores
+from rlzoo.rewards.base import Reward, Scores
+from rlzoo.rewards.calling import RewardCaller
 from rlzoo.rng import STREAMS, response_seed
 from rlzoo.types import Prompt, Rollouts
 
@@ -25,7 +26,7 @@ class Drawer:
 
     Args:
         engine: draws the responses; shared by every stream.
-        reward: any callable of prompts, texts and truncated flags that returns Scores.
+        reward: any callable like `rlzoo.rewards.base.Reward`; what it returns is checked.
         tokenizer: decodes responses for the reward; token ids are never encoded anew.
         params: temperature and length limit.
         ledger: books every response and second.
@@ -36,14 +37,14 @@ class Drawer:
     def __init__(
         self,
         engine: Engine,
-        reward: MathReward,
+        reward: Reward,
         tokenizer: PreTrainedTokenizerBase,
         params: SamplingParams,
         ledger: Ledger,
         bars: Bars,
         seed: int,
     ) -> None:
-        self.engine, self.reward, self.tokenizer = engine, reward, tokenizer
+        self.engine, self.reward, self.tokenizer = engine, RewardCaller(reward), tokenizer
         self.params, self.ledger, self.bars, self.seed = params, ledger, bars, seed
 
     def draw(

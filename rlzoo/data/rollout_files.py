@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlzoo.errors import UserError
-from rlzoo.rewards.math import Verdict
+from rlzoo.rewards.base import Verdict
 from rlzoo.selection import correct
 from rlzoo.types import Prompt, Rollouts
 
@@ -62,6 +63,12 @@ def read_rollouts(path: Path, rollout_step: int) -> Rollouts:
             " a run of this version wrote to its rollouts/."
         )
     rows = table.to_pylist()
+    for row in rows:
+        if row["reward"] is None or not math.isfinite(row["reward"]):
+            raise UserError(
+                f"{path} gives a response to prompt {row['prompt_id']} the reward {row['reward']},"
+                " which would make every weight NaN. Give a file as a run wrote it."
+            )
     first = {row["prompt_id"]: row for row in reversed(rows)}
     ids = list(dict.fromkeys(row["prompt_id"] for row in rows))
     return Rollouts(

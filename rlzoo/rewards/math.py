@@ -8,12 +8,13 @@ need the main thread and whole seconds. Text from a model goes through
 from __future__ import annotations
 
 import re
-from enum import IntEnum
 from functools import lru_cache
 
 from latex2sympy2_extended.latex2sympy2 import convert_to_pct
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Basic, MatrixBase
+
+from rlzoo.rewards.base import Verdict
 
 Parsed = list[Basic | MatrixBase | str]  # math-verify's: the expression, then its text
 
@@ -26,14 +27,6 @@ _BETWEEN_BOXES = re.compile(
     r"(?:\s|\$|\\[()\[\]])*(?:,|;|,?\s*and|,?\s*or)(?:\s|\$|\\[()\[\]])*", re.DOTALL
 )
 _INTEGER = re.compile(r"-?[0-9]{1,100}")
-
-
-class Verdict(IntEnum):
-    """What is known of an answer. UNVERIFIABLE earns nothing, but is never counted as wrong."""
-
-    WRONG = 0
-    RIGHT = 1
-    UNVERIFIABLE = 2  # a limit was hit, the worker died, or the gold answer cannot be parsed
 
 
 def boxed_answer(text: str) -> str | None:

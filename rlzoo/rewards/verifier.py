@@ -21,25 +21,17 @@ from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from rlzoo.errors import UserError
-from rlzoo.rewards.math import Verdict, boxed_answer
+from rlzoo.rewards.base import Scores, Verdict
+from rlzoo.rewards.math import boxed_answer
 from rlzoo.rewards.worker import PID_BYTES
 from rlzoo.types import Prompt
 
 _START_SECONDS = 120.0  # imports take one second; a cold disk on a busy machine, many
 _BATCH = 16  # answers sent at once; a message costs about as much as the shortest answer
-
-
-class Scores(NamedTuple):
-    """What a reward gives N rollouts."""
-
-    rewards: Tensor  # [N] float32
-    verdicts: Tensor  # [N] int8, values of Verdict
 
 
 class WorkerServer:
