@@ -16,6 +16,7 @@ import torch
 
 from rlzoo.loggers import equal_but_time
 from rlzoo.summary import read_metrics
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = Path(os.environ.get("RLZOO_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -60,7 +61,10 @@ def finish(process: subprocess.Popen, expected: int = 0) -> str:
 
 
 def run(run_dir: Path, *overrides: str, expected: int = 0) -> str:
-    return finish(start(run_dir, *overrides), expected)
+    """The output of a run in this process, which spares its imports; `start` makes one of its own."""
+    outcome = warm.run(run_dir, *overrides, small=False)
+    assert outcome.code == expected, outcome.output
+    return outcome.output
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
