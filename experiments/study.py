@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,12 +31,13 @@ import yaml  # noqa: E402
 
 from drift import drift_along, entropy_and_kl_to_start  # noqa: E402
 
+from rlzoo.columns import AVG, PASS, validated_ks  # noqa: E402
+
 Job = tuple[str, int]  # variant, seed
 SPENT = ("responses", "tokens", "updates", "seconds", "planning_share", "pilot_share")
 # 97.5% points of Student's t by degrees of freedom, and of the normal distribution beyond.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 1.960]
 CURVE = ("rollout_step", "responses", "tokens", "updates", "time/seconds")
-CURVE += ("val/avg_at_8", "val/pass_at_8")
 
 
 def run(run_dir: Path, overrides: list[str], seed: int) -> Path | None:
@@ -63,17 +65,41 @@ def run(run_dir: Path, overrides: list[str], seed: int) -> Path | None:
 
 
 def curve(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv that validated."""
     with open(run_dir / "metrics.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if row.get("val/avg_at_8")]
+        rows = list(csv.DictReader(file))
+    names = [f"{AVG}{k}" for k in validated_ks(rows[0])]
+    return [row for row in rows if any(row[name] for name in names)]
+
+
+def k_of(run_dir: Path) -> int:
+    """The k of the run's avg@k.
+
+    Raises:
+        SystemExit: it had several, or none: it is no curve of one figure.
+    """
+    ks = validated_ks(curve(run_dir)[0]) if curve(run_dir) else []
+    if len(ks) != 1:
+        sys.exit(f"{run_dir} was validated with k = {ks}: a study needs one k, in all its runs.")
+    return ks[0]
+
+
+def common_k(run_dirs: Iterable[Path]) -> int:
+    """The k that all runs of a study share."""
+    ks = {str(run_dir): k_of(run_dir) for run_dir in run_dirs}
+    if len(set(ks.values())) != 1:
+        sys.exit(f"datamodule.val_responses must be the same in all runs of a study, got {ks}.")
+    return next(iter(ks.values()))
 
 
 def points(job: Job, run_dir: Path) -> list[dict[str, object]]:
     """Rows of curves.csv; entropy and KL to the start are of `drift`."""
     along = json.loads((run_dir / "along.json").read_text())
-    rows = []
+    k, rows = k_of(run_dir), []
+    figures = (f"{AVG}{k}", f"{PASS}{k}")
     for point in curve(run_dir):
         row: dict[str, object] = {"variant": job[0], "seed": job[1]}
-        row |= {name.rpartition("/")[2]: point.get(name, "") for name in CURVE}
+        row |= {name.rpartition("/")[2]: point.get(name, "") for name in (*CURVE, *figures)}
         rows.append(row | along.get(point["rollout_step"], {}))
     final = json.loads((run_dir / "drift.json").read_text())
     rows[-1] |= {"entropy": final["entropy"], "kl": final["kl_to_start"]}
@@ -82,10 +108,10 @@ def points(job: Job, run_dir: Path) -> list[dict[str, object]]:
 
 def result(job: Job, run_dir: Path) -> dict[str, object]:
     """One row of results.csv."""
-    summary = json.loads((run_dir / "summary.json").read_text())
+    summary, k = json.loads((run_dir / "summary.json").read_text()), k_of(run_dir)
     row: dict[str, object] = {"variant": job[0], "seed": job[1]}
-    row |= {f"avg_at_8_{k}": summary[f"val_avg_at_8_{k}"] for k in ("first", "last", "best")}
-    row["pass_at_8_last"] = float(curve(run_dir)[-1]["val/pass_at_8"])
+    row |= {f"avg_at_{k}_{x}": summary[f"val_avg_at_{k}_{x}"] for x in ("first", "last", "best")}
+    row[f"pass_at_{k}_last"] = float(curve(run_dir)[-1][f"{PASS}{k}"])
     row |= {name: summary[name] for name in SPENT}
     return row | json.loads((run_dir / "drift.json").read_text())
 
@@ -108,30 +134,31 @@ def interval(values: list[float]) -> str:
     return f"{x.mean():.1f} ± {half:.1f}"
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], k: int) -> str:
     """Markdown: a row per variant; figures at the last validation, in the order of variants."""
     lines = [
-        "| variant | avg@8 first → last, % | gain (lowest), points | best − last | pass@8 last, % |"
+        f"| variant | avg@{k} first → last, % | gain (lowest), points | best − last"
+        f" | pass@{k} last, % |"
         " entropy, nats | KL to start, nats | tokens, k | updates | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
         get = lambda name, scale=1.0: [scale * float(row[name]) for row in mine]  # noqa: E731
-        first, last, best = (get(f"avg_at_8_{which}", 100) for which in ("first", "last", "best"))
+        first, last, best = (get(f"avg_at_{k}_{x}", 100) for x in ("first", "last", "best"))
         gain = np.subtract(last, first)
         mean = lambda name, scale=1.0: float(np.mean(get(name, scale)))  # noqa: E731
         lines.append(
             f"| {variant} | {np.mean(first):.1f} → {interval(last)} | {gain.mean():.1f} ({gain.min():.1f})"
-            f" | {np.mean(np.subtract(best, last)):.1f} | {interval(get('pass_at_8_last', 100))}"
+            f" | {np.mean(np.subtract(best, last)):.1f} | {interval(get(f'pass_at_{k}_last', 100))}"
             f" | {mean('entropy'):.3f} | {mean('kl_to_start'):.3f} | {mean('tokens', 1e-3):.0f}"
             f" | {mean('updates'):.0f} | {mean('seconds'):.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def draw(runs: dict[Job, Path], path: Path, title: str) -> None:
-    """Mean over seeds of avg@8 against responses, with the range of seeds shaded."""
+def draw(runs: dict[Job, Path], path: Path, title: str, k: int) -> None:
+    """Mean over seeds of avg@k against responses, with the range of seeds shaded."""
     variants = list(dict.fromkeys(variant for variant, _ in runs))
     colours = plt.get_cmap("tab20" if len(variants) > 10 else "tab10").colors
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
@@ -140,12 +167,12 @@ def draw(runs: dict[Job, Path], path: Path, title: str) -> None:
         shared = set.intersection(*({p["rollout_step"] for p in c} for c in curves))
         curves = [[p for p in c if p["rollout_step"] in shared] for c in curves]
         x = np.mean([[int(p["responses"]) for p in c] for c in curves], axis=0)
-        y = np.array([[100 * float(p["val/avg_at_8"]) for p in c] for c in curves])
+        y = np.array([[100 * float(p[f"{AVG}{k}"]) for p in c] for c in curves])
         style = {"color": colours[i % len(colours)], "linestyle": "-" if i < 20 else "--"}
         axes.plot(x, y.mean(0), marker=".", label=variant, **style)
         axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel="responses drawn, pilots and filtered ones included", title=title)
-    axes.set_ylabel("validation avg@8, %")
+    axes.set_ylabel(f"validation avg@{k}, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2 if len(variants) > 6 else 1)
     figure.savefig(path, dpi=120)
@@ -174,14 +201,15 @@ def main() -> None:
         sys.exit("Some runs failed: mend them and call the study again; the others are kept.")
     by_variant = [(variant, seed) for variant in study["variants"] for seed in range(args.seeds)]
     runs = {job: done[job] for job in by_variant}
+    k = common_k(runs.values())
     rows = [result(job, run_dir) for job, run_dir in runs.items()]
     label = study.get("label", "variant")
     write_csv(args.folder / "results.csv", rows, label)
     every = [point for job, run_dir in runs.items() for point in points(job, run_dir)]
     write_csv(args.folder / "curves.csv", every, label)
-    (args.folder / "table.md").write_text(table(rows))
-    draw(runs, args.folder / "figure.png", study["title"])
-    print(table(rows))
+    (args.folder / "table.md").write_text(table(rows, k))
+    draw(runs, args.folder / "figure.png", study["title"], k)
+    print(table(rows, k))
 
 
 if __name__ == "__main__":

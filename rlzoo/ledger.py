@@ -31,7 +31,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:  # NaN would never stop
                 raise UserError(f"limits.{name} must be positive or null, got {value}.")
 
 
@@ -39,12 +39,17 @@ class Ledger:
     """Counts responses and tokens by stream, updates, and seconds by phase.
 
     Phases may nest; a second is counted in the innermost phase alone, so that the phases and
-    "other" add up to all the seconds.
+    "other" add up to all the seconds. What drawing costs is booked by stream, since training,
+    pilots and validation all draw: "sampling/train", "verifying/val".
+
+    Attributes:
+        counts: responses and tokens by stream, updates, skipped updates.
+        phases: seconds by phase; `spent` has them up to now, with "other".
     """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.phases: Counter[str] = Counter()
+        self.phases: dict[str, float] = {}
         self._earlier = 0.0  # seconds of the runs this one resumes
         self._stack: list[str] = []
         self._start = self._mark = time.perf_counter()
@@ -80,7 +85,8 @@ class Ledger:
     def _settle(self) -> None:
         now = time.perf_counter()
         if self._stack:
-            self.phases[self._stack[-1]] += now - self._mark
+            name = self._stack[-1]
+            self.phases[name] = self.phases.get(name, 0.0) + now - self._mark
         self._mark = now
 
     @property
@@ -99,16 +105,25 @@ class Ledger:
     def seconds(self) -> float:
         return self._earlier + time.perf_counter() - self._start
 
+    def spent(self) -> dict[str, float]:
+        """Seconds so far by phase, and "other": all the rest. They sum to `seconds`."""
+        self._settle()
+        seconds = self._earlier + self._mark - self._start
+        return dict(sorted(self.phases.items())) | {"other": seconds - sum(self.phases.values())}
+
     def share(self, phase: str) -> float:
-        """Share of all seconds spent in a phase so far."""
-        return self.phases[phase] / max(self.seconds, 1e-9)
+        """Share of all seconds spent so far in a phase, or in all phases of a stream ("pilot")."""
+        spent = self.spent()
+        mine = (value for name, value in spent.items() if phase in (name, name.partition("/")[2]))
+        return sum(mine) / max(sum(spent.values()), 1e-9)
 
     def row(self) -> dict[str, float | int]:
         """Cumulative totals; columns that hold times start with `time/`."""
+        spent = self.spent()
         counts = dict(sorted(self.counts.items()))
-        times = {f"time/{name}": value for name, value in sorted(self.phases.items())}
+        times = {f"time/{name}": value for name, value in spent.items()}
         totals = {"responses": self.responses, "tokens": self.tokens, "updates": self.updates}
-        return totals | counts | times | {"time/seconds": self.seconds}
+        return totals | counts | times | {"time/seconds": sum(spent.values())}
 
     def exceeded(self, limits: Limits) -> str | None:
         """The stop rule that has been met, as `name=value`, or None."""
@@ -118,13 +133,10 @@ class Ledger:
         return None
 
     def state_dict(self) -> dict:
-        self._settle()
-        return {
-            "counts": dict(self.counts),
-            "phases": dict(self.phases),
-            "seconds": self.seconds,
-        }
+        seconds = sum(self.spent().values())
+        return {"counts": dict(self.counts), "phases": dict(self.phases), "seconds": seconds}
 
     def load_state_dict(self, state: dict) -> None:
-        self.counts, self.phases = Counter(state["counts"]), Counter(state["phases"])
+        """Goes on from there. Checkpoints from before phases had streams keep theirs as they are."""
+        self.counts, self.phases = Counter(state["counts"]), dict(state["phases"])
         self._earlier = state["seconds"]

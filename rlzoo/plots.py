@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from rlzoo.columns import AVG, PASS, validated_ks
 from rlzoo.errors import UserError
 
 BLUE, LIGHT_BLUE, GREEN, ORANGE = "#1f5fa8", "#7fb0de", "#3a9a5b", "#e07b28"
@@ -23,7 +24,7 @@ MAX_BARS = 40  # a histogram with more bars is no easier to read at 1200 pixels
 def draw_run(run_dir: Path, labels: Mapping[str, object] | None = None) -> Path:
     """Draws `run_dir/learning.png`, 1200 x 500 pixels.
 
-    Left, validation avg@8 and pass@8 and training acceptance against responses drawn, from
+    Left, validation avg@k and pass@k, for every k that the run had, and training acceptance against responses drawn, from
     `metrics.csv`; right, the budgets of the first and the last epoch, from `budgets/*.parquet`,
     left out when there are none.
 
@@ -71,7 +72,9 @@ def _read_metrics(path: Path) -> dict[str, np.ndarray]:
             " a picture needs at least one row and the column `responses`. Let the run finish"
             " one rollout step first."
         )
-    wanted = ("responses", "accept_rate", "val/avg_at_8", "val/pass_at_8")
+    wanted = ["responses", "accept_rate"]
+    for k in validated_ks(rows[0]):
+        wanted += [f"{AVG}{k}", f"{PASS}{k}"]
     return {
         name: np.array([float(row.get(name) or math.nan) for row in rows]) for name in wanted
     }
@@ -90,15 +93,31 @@ def _read_budgets(folder: Path) -> dict[int, np.ndarray]:
 def _draw_curve(axes: Axes, columns: dict[str, np.ndarray]) -> None:
     responses = columns["responses"]
     _draw_acceptance(axes, responses, columns["accept_rate"])
-    for name, label, color, style in (
-        ("val/pass_at_8", "validation pass@8", LIGHT_BLUE, "s--"),
-        ("val/avg_at_8", "validation avg@8", BLUE, "o-"),
-    ):
-        known = np.isfinite(columns[name]) & np.isfinite(responses)
-        x, y = responses[known], columns[name][known]
+    ks = [k for k in validated_ks(columns) if np.isfinite(columns[f"{AVG}{k}"]).any()]
+    for k in ks:  # more than one after a resume with another k
+        _draw_validation(axes, responses, columns, k, "white" if k != ks[0] else None)
+    _finish_curve(axes)
+
+
+def _draw_validation(
+    axes: Axes, responses: np.ndarray, columns: dict[str, np.ndarray], k: int, fill: str | None
+) -> None:
+    """avg@k and pass@k, from the rows that validated with k responses; of k = 1 they are one.
+
+    Args:
+        fill: colour of the markers, their line's if None.
+    """
+    look = {"linewidth": 2, "markersize": 5, "zorder": 3, "markerfacecolor": fill}
+    curves = [(AVG, f"validation avg@{k}", BLUE, "o-")]
+    if k > 1:
+        curves.insert(0, (PASS, f"validation pass@{k}", LIGHT_BLUE, "s--"))
+    for prefix, label, color, style in curves:
+        known = np.isfinite(columns[f"{AVG}{k}"]) & np.isfinite(columns[f"{prefix}{k}"])
+        known &= np.isfinite(responses)
+        x, y = responses[known], columns[f"{prefix}{k}"][known]
         if not len(x):
             continue
-        axes.plot(x, y, style, color=color, label=label, linewidth=2, markersize=5, zorder=3)
+        axes.plot(x, y, style, color=color, label=label, **look)
         for i in sorted({0, len(x) - 1}):
             axes.annotate(
                 f"{y[i]:.1%}",
@@ -112,6 +131,9 @@ def _draw_curve(axes: Axes, columns: dict[str, np.ndarray]) -> None:
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
                 zorder=4,
             )
+
+
+def _finish_curve(axes: Axes) -> None:
     axes.set_ylim(0, 1.06)
     axes.margins(x=0.08)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))

@@ -18,13 +18,23 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from rlzoo.columns import AVG, validated_ks
+
 HEADER_EVERY = 20  # step lines: the header then stays within one screen
 
 # Titles are staggered over two rows, since most are wider than the numbers below them.
-HEADER = """\
-    reward   val avg@8           KL        length     degen.  budget sample     score      plan
+TITLES = """\
+    reward{:>12}           KL        length     degen.  budget sample     score      plan
 step      accept     entropy        clip  mean/max  cut      lo/avg/hi    verify     train     tok/s
-""".splitlines()
+"""
+
+
+def header(k: int) -> list[str]:
+    """The two rows of titles of a run that validates with k responses a prompt."""
+    return TITLES.format(f"val avg@{k}").splitlines()
+
+
+HEADER = header(8)
 
 
 class Bars:
@@ -40,6 +50,7 @@ class Bars:
 
     def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
         self.enabled = enabled
+        self.k = 8  # of avg@k: the run sets its own
         self._console = console or Console()
         self._live = enabled and self._console.is_terminal
         self._depth = 0
@@ -83,8 +94,10 @@ class Bars:
 
     def print_step(self, metrics: Mapping[str, float]) -> None:
         """Prints one rollout step's line (`step_line`), with the header now and then."""
+        for k in validated_ks(metrics):
+            self.k = k
         if self._lines % HEADER_EVERY == 0:
-            for line in HEADER:
+            for line in header(self.k):
                 self.print_line(line, style="bold")
         self._lines += 1
         self.print_line(step_line(metrics))
@@ -106,12 +119,14 @@ class _RateColumn(ProgressColumn):
 
 
 def step_line(metrics: Mapping[str, float]) -> str:
-    """One rollout step in 100 columns, under HEADER; a missing or NaN metric is a dash.
+    """One rollout step in 100 columns, under `header`; a missing or NaN metric is a dash.
 
-    Shares (`accept_rate`, `val/avg_at_8`, `clip_fraction`, `truncated`, `degenerate_groups`) are
+    Shares (`accept_rate`, `val/avg_at_K`, `clip_fraction`, `truncated`, `degenerate_groups`) are
     shown in percent, `entropy` and `approx_kl` in nats, lengths in tokens, budgets in responses
-    per prompt, the phases in seconds.
+    per prompt, the phases in seconds: `sample` and `verify` of the training responses, `plan` with
+    all that pilots cost.
     """
+    metrics = {**metrics, **of_any_name(metrics)}
 
     def show(name: str, form: Callable[[float], str]) -> str:
         value = metrics.get(name)
@@ -126,7 +141,7 @@ def step_line(metrics: Mapping[str, float]) -> str:
         (4, show("rollout_step", _whole)),
         (5, show("reward", _reward)),
         (5, show("accept_rate", _percent)),
-        (5, show("val/avg_at_8", _percent)),
+        (5, show("val/avg", _percent)),
         (5, show("entropy", "{:.3f}".format)),
         (6, show("approx_kl", _kl)),
         (4, show("clip_fraction", _short_percent)),
@@ -134,14 +149,22 @@ def step_line(metrics: Mapping[str, float]) -> str:
         (4, show("truncated", _short_percent)),
         (4, show("degenerate_groups", _short_percent)),
         (9, "-" if budgets == "-/-/-" else budgets),
-        (4, show("time/sampling", _seconds)),
-        (4, show("time/verifying", _seconds)),
+        (4, show("time/sampling/train", _seconds)),
+        (4, show("time/verifying/train", _seconds)),
         (4, show("time/scoring", _seconds)),
         (4, show("time/training", _seconds)),
-        (4, show("time/planning", _seconds)),
+        (4, show("plan", _seconds)),
         (4, show("time/tokens_per_second", _rate)),
     ]
     return " ".join(text.rjust(width) for width, text in cells)
+
+
+def of_any_name(metrics: Mapping[str, float]) -> dict[str, float]:
+    """`val/avg`, avg@k whatever the k is, and `plan`, seconds of planning and of pilots."""
+    found = {"val/avg": metrics[f"{AVG}{k}"] for k in validated_ks(metrics)}
+    times = {name: value for name, value in metrics.items() if name.startswith("time/")}
+    plan = [v for name, v in times.items() if name == "time/planning" or name.endswith("/pilot")]
+    return found | ({"plan": sum(plan)} if plan else {})
 
 
 def _whole(value: float) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from rlzoo.columns import AVG, validated_ks
 from rlzoo.data.base import RunDataModule
 from rlzoo.plots import draw_run
 
@@ -18,7 +20,10 @@ def summarize(run_dir: Path, cfg: DictConfig, data: RunDataModule) -> list[str]:
     """Writes `summary.json` and `learning.png`; returns the paragraph to print.
 
     Shares are fractions of 1. `responses` and `tokens` are the paid ones: training, filtered ones
-    and pilots; `planning_share` is the sampler's own time, pilots aside, over all seconds.
+    and pilots. Of all seconds, `planning_share` is the sampler's own computing (gradient norms and
+    budgets), and `pilot_seconds_share` what drawing and verifying pilots took beside it;
+    `pilot_share` is of the paid responses. Of `val_avg_at_K`, for every K that the run had, the
+    first, last and best value that is a number.
     """
     ledger = data.ledger
     labels = choices(cfg)
@@ -28,20 +33,22 @@ def summarize(run_dir: Path, cfg: DictConfig, data: RunDataModule) -> list[str]:
         "updates": ledger.updates,
         "seconds": ledger.seconds,
         "planning_share": ledger.share("planning"),
+        "pilot_seconds_share": ledger.share("pilot"),
         "pilot_share": ledger.counts["responses/pilot"] / max(1, ledger.responses),
         "stopped_by": data.stop_reason(),
         "ledger": ledger.row(),
     }
     rows = read_metrics(run_dir / "metrics.csv")
-    for name in validation_columns(rows):
-        values = [float(row[name]) for row in rows if row[name]]
+    values_of = {name: values for name in validation_columns(rows) if (values := known(rows, name))}
+    for name, values in values_of.items():
         key = name.replace("/", "_")
         figures |= {f"{key}_first": values[0], f"{key}_last": values[-1], f"{key}_best": max(values)}
     (run_dir / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
-    if not rows or not validation_columns(rows):
+    if not values_of:
         return [f"Done in {ledger.seconds:.0f} s. Everything is in {run_dir}."]
     picture = draw_run(run_dir, labels)
-    return paragraph(figures, run_dir, picture, next(iter(validation_columns(rows))))
+    own = f"{AVG}{data.val_responses}"  # another column is of a k that the run had before
+    return paragraph(figures, run_dir, picture, own if own in values_of else next(iter(values_of)))
 
 
 def paragraph(figures: dict[str, Any], run_dir: Path, picture: Path, column: str) -> list[str]:
@@ -54,8 +61,8 @@ def paragraph(figures: dict[str, Any], run_dir: Path, picture: Path, column: str
         f"Validation {name} went from {first:.1%} to {last:.1%} (best {best:.1%}) with"
         f" {figures['responses']:,} responses, {figures['tokens']:,} generated tokens and"
         f" {figures['updates']:,} updates, in {figures['seconds']:.0f} s; pilots were"
-        f" {figures['pilot_share']:.0%} of the responses, planning {figures['planning_share']:.1%}"
-        " of the time.",
+        f" {figures['pilot_share']:.0%} of the responses and {figures['pilot_seconds_share']:.0%} of"
+        f" the time, planning {figures['planning_share']:.1%} of it.",
         f"Everything is in {run_dir}: look at {picture.name}, read rollouts/ to see what it says,"
         " and load the policy from policy/.",
         f"Next: the same with {tries}, or algo=raft_pp, and compare the two learning.png; or seed=1"
@@ -64,7 +71,12 @@ def paragraph(figures: dict[str, Any], run_dir: Path, picture: Path, column: str
 
 
 def validation_columns(rows: list[dict[str, str]]) -> list[str]:
-    return [name for name in (rows[0] if rows else {}) if name.startswith("val/avg_at_")]
+    return [f"{AVG}{k}" for k in validated_ks(rows[0] if rows else {})]
+
+
+def known(rows: list[dict[str, str]], name: str) -> list[float]:
+    """A column's finite values, in order."""
+    return [value for row in rows if row.get(name) and math.isfinite(value := float(row[name]))]
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -27,6 +27,44 @@ def test_nested_phases_count_a_second_once():
     assert sum(ledger.phases.values()) <= ledger.seconds
 
 
+def test_every_second_is_in_one_phase_or_in_other_and_a_stream_has_its_own():
+    ledger = Ledger()
+    with ledger.phase("planning"):
+        with ledger.phase("sampling/pilot"):
+            time.sleep(0.03)
+        time.sleep(0.01)
+    with ledger.phase("verifying/pilot"), ledger.phase("sampling/train"):
+        time.sleep(0.01)
+        spent = ledger.spent()  # a phase in progress counts too
+    row = ledger.row()
+    times = {name: v for name, v in row.items() if name.startswith("time/")}
+    assert times.pop("time/seconds") == pytest.approx(sum(times.values()), abs=1e-9)
+    assert times.keys() == {f"time/{name}" for name in (*ledger.phases, "other")}
+    assert spent["sampling/pilot"] >= 0.03 and spent["sampling/train"] >= 0.01
+    assert sum(spent.values()) <= ledger.seconds
+    pilots = row["time/sampling/pilot"] + row["time/verifying/pilot"]
+    assert ledger.share("pilot") == pytest.approx(pilots / ledger.seconds, rel=0.01)
+    assert ledger.share("planning") < ledger.share("pilot")
+
+
+def test_seconds_of_a_checkpoint_from_before_streams_had_phases_are_kept():
+    ledger = Ledger()
+    phases = {"sampling": 30.0, "training": 5.0}
+    ledger.load_state_dict({"counts": {}, "phases": phases, "seconds": 40.0})
+    with ledger.phase("sampling/train"):
+        time.sleep(0.01)
+    spent = ledger.spent()
+    assert spent["sampling"] == 30 and spent["sampling/train"] >= 0.01
+    assert sum(spent.values()) == pytest.approx(ledger.seconds, abs=0.01)
+    assert spent["other"] == pytest.approx(5, abs=0.01)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_no_value_that_could_not_stop_a_run_is_a_limit(value):
+    with pytest.raises(UserError, match="limits.max_seconds must be positive or null"):
+        Limits(max_seconds=value)
+
+
 def test_a_resumed_ledger_goes_on_counting():
     ledger, resumed = Ledger(), Ledger()
     ledger.drew("train", [3])

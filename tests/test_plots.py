@@ -16,14 +16,19 @@ from rlzoo.plots import draw_run
 LABELS = {"algo": "grpo", "sampler": "gvm", "model": "tiny", "seed": 0}
 
 
-def write_metrics(run_dir: Path, num_steps: int, val_every: int = 2) -> None:
+def write_metrics(
+    run_dir: Path, num_steps: int, val_every: int = 2, k: int = 8, later_k: int | None = None
+) -> None:
+    """Rows of a run that validates with k responses, and from step 3 on, resumed, with later_k."""
     logger = CSVLogger(run_dir)
     for i in range(num_steps + 1):
         row: dict[str, float] = {"rollout_step": i, "responses": 256 * i}
         if i > 0:
             row["accept_rate"] = 0.2 + 0.1 * i
         if i % val_every == 0:
-            row |= {"val/avg_at_8": 0.25 + 0.1 * i, "val/pass_at_8": 0.5 + 0.1 * i}
+            mine = later_k if later_k and i > 2 else k
+            row |= {f"val/avg_at_{mine}": 0.25 + 0.1 * i, f"val/pass_at_{mine}": 0.5 + 0.1 * i}
+            row |= {"val/pass_at_1": 0.25 + 0.1 * i}
         logger.log_metrics(row)
     logger.finalize("success")
 
@@ -81,6 +86,28 @@ def test_validation_is_drawn_at_its_own_rows_against_responses(
     assert "25.0%" in [text.get_text() for text in axes.texts]
     title = figure.get_suptitle()
     assert all(word in title for word in ("algo grpo", "sampler gvm", "model tiny", "seed 0"))
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 32])
+def test_the_validation_of_any_k_is_drawn_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int
+):
+    write_metrics(tmp_path, num_steps=4, k=k)
+    (axes,) = draw_and_keep(tmp_path, monkeypatch).axes
+    assert curve(axes, f"validation avg@{k}")[1] == pytest.approx([0.25, 0.45, 0.65])
+    names = {line.get_label() for line in axes.get_lines() if "@" in line.get_label()}
+    wanted = {f"validation avg@{k}", f"validation pass@{k}"}
+    assert names == (wanted if k > 1 else {"validation avg@1"})  # pass@1 would be the same curve
+
+
+def test_a_run_resumed_with_another_k_has_a_curve_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_metrics(tmp_path, num_steps=6, later_k=2)
+    (axes,) = draw_and_keep(tmp_path, monkeypatch).axes
+    assert curve(axes, "validation avg@8") == ([0, 512], pytest.approx([0.25, 0.45]))
+    assert curve(axes, "validation avg@2") == ([1024, 1536], pytest.approx([0.65, 0.85]))
+    assert curve(axes, "validation pass@2")[0] == [1024, 1536]
 
 
 def test_first_and_last_epoch_are_the_two_histograms_even_past_epoch_9(

@@ -10,7 +10,7 @@ FULL = {
     "rollout_step": 1234,
     "reward": -0.2312,
     "accept_rate": 1.0,
-    "val/avg_at_8": 0.9996,
+    "val/avg_at_8": 0.9996,  # of any k
     "entropy": 0.4123,
     "approx_kl": 12.34,
     "clip_fraction": 0.123,
@@ -21,11 +21,15 @@ FULL = {
     "budget/min": 10,
     "budget/mean": 16.2,
     "budget/max": 128,
-    "time/sampling": 555.2,
-    "time/verifying": 9.96,
+    "time/sampling/train": 555.2,
+    "time/sampling/val": 333.3,  # of no column
+    "time/verifying/train": 9.96,
     "time/scoring": 50.8,
     "time/training": 12.3,
-    "time/planning": 0.04,
+    "time/planning": 0.01,
+    "time/sampling/pilot": 0.02,
+    "time/verifying/pilot": 0.01,
+    "tokens/pilot": 1000,
     "time/tokens_per_second": 123456.0,
 }
 
@@ -51,6 +55,23 @@ def test_a_step_line_shows_each_metric_in_its_unit():
         "7 0.231 100% 100% 0.412 0.0001 12% 1870/3072 100% 34% 10/16/128"
         " 555s 10s 51s 12s 0.0s 123k"
     ).split()
+
+
+@pytest.mark.parametrize("k", [1, 3, 16, 1024])
+def test_avg_at_k_is_of_the_runs_own_k_in_title_and_line(k: int):
+    shown, out = bars(terminal=False)
+    shown.print_step({"rollout_step": 0, f"val/avg_at_{k}": 0.423, "val/pass_at_8": 0.9})
+    *titles, line = out.getvalue().splitlines()
+    end = titles[0].index(f"val avg@{k}") + len(f"val avg@{k}")
+    assert line[:end].split()[-1] == "42.3%" and line[end] == " "
+    assert titles[1] == HEADER[1] and len(titles[0]) == len(HEADER[0])
+
+
+def test_the_title_of_a_run_that_has_not_validated_yet_is_that_of_its_k():
+    shown, out = bars(terminal=False)
+    shown.k = 4
+    shown.print_step({"rollout_step": 7})
+    assert "val avg@4 " in out.getvalue() and "avg@8" not in out.getvalue()
 
 
 def test_missing_and_nan_metrics_are_dashes():

@@ -32,6 +32,13 @@ PHASES = (
 WHERE = "RLZOO_BENCH_WHERE"  # environment variable that names the file
 
 
+def phase_of(name: str) -> str:
+    """The one of PHASES that a phase of the ledger belongs to."""
+    kind, _, stream = name.partition("/")
+    whole = {"val": "validating", "pilot": "planning"}.get(stream, kind)
+    return {"engine_start": "starting", "gathering": "verifying"}.get(whole, whole)
+
+
 def watch(path: Path) -> None:
     """Keeps the file at `path` up to date from now on, in this process.
 
@@ -45,8 +52,7 @@ def watch(path: Path) -> None:
     phase, batch_end = Ledger.phase, TrainingPhase.on_train_batch_end
 
     def mark(stack: list[str]) -> None:
-        name = stack[0] if stack else "between"
-        where[0] = PHASES.index("starting" if name == "engine_start" else name)
+        where[0] = PHASES.index(phase_of(stack[0]) if stack else "between")
 
     @contextmanager
     def marked_phase(ledger: Ledger, name: str) -> Iterator[None]:

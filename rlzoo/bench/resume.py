@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from rlzoo.bench._watched import PHASES, WHERE
+from rlzoo.bench._watched import PHASES, WHERE, phase_of
 from rlzoo.checkpoints import whole_weights
 from rlzoo.loggers import equal_but_time
 from rlzoo.summary import read_metrics
@@ -238,10 +238,16 @@ def lengths_of_run(folder: Path, options: tuple[str, ...]) -> dict[str, float]:
         run.finish()
     rows = read_metrics(folder / "metrics.csv")[1:]
     for phase in STEERED[1:]:
-        spent = [float(row.get(f"time/{phase}") or 0.0) for row in rows]
+        spent = [seconds_of(row, phase) for row in rows]
         spent = [seconds for seconds in spent if seconds > 1e-4]
         lengths[phase] = sum(spent) / len(spent)
     return lengths | {HALF: lengths["checkpointing"] / 4}
+
+
+def seconds_of(row: dict[str, str], phase: str) -> float:
+    """Of a row of metrics.csv, spent in one of PHASES."""
+    times = {name.removeprefix("time/"): text for name, text in row.items() if text}
+    return sum(float(text) for name, text in times.items() if phase_of(name) == phase)
 
 
 # --- one strategy -------------------------------------------------------------------------------

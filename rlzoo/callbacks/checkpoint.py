@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -12,8 +14,11 @@ from lightning.pytorch.strategies import Strategy
 
 from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.checkpoints import FORMAT, saved_by
+from rlzoo.columns import AVG
 from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError, check_at_least
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoint(BoundaryCallback):
@@ -28,7 +33,9 @@ class Checkpoint(BoundaryCallback):
     Args:
         run_dir: where `checkpoints/` is.
         every: rollout steps between two checkpoints.
-        monitor: column of metrics.csv whose largest value is the best; null keeps no best.
+        monitor: column of metrics.csv whose largest value is the best; null keeps no best. A name
+            under `val/` that the first validation does not give is refused, another that the first
+            rollout step does not give is warned of.
         keep_best: checkpoints kept beside the last one, those with the largest `monitor`.
         asynchronous: writes the file from a thread, on a copy of everything in memory, while the
             next rollout step is drawn. Not under DeepSpeed and FSDP, which write for themselves.
@@ -69,6 +76,7 @@ class Checkpoint(BoundaryCallback):
         none is in progress, and resumes of those that none of its microbatches was trained, until
         optimizer steps were made of microbatches of two.
         """
+        self.check_monitor(trainer.datamodule)
         loop = trainer.fit_loop
         progress = loop.epoch_progress.total
         if loop.restarted_mid_epoch and progress.processed == progress.ready:
@@ -84,6 +92,8 @@ class Checkpoint(BoundaryCallback):
             )
         stopping = data.stop_reason() is not None
         score = all_gather(data.last_row.get(self.monitor))[0]  # rank 0 alone has the row
+        if trainer.is_global_zero and data.rollout_step == 1:
+            self.warn_of_monitor(data.last_row)
         name = f"step_{data.rollout_step:06d}.ckpt"
         improved = self.ranked(score, name)
         if stopping or improved or data.preempted() or data.rollout_step % self.every == 0:
@@ -92,11 +102,36 @@ class Checkpoint(BoundaryCallback):
         if stopping:
             trainer.should_stop = True
 
+    def check_monitor(self, data: Any) -> None:
+        """Refuses a `val/` name that the validation before the first update has not given.
+
+        Raises:
+            UserError: on every rank, since rank 0 alone has the row.
+        """
+        columns = all_gather(sorted(data.last_row))[0]
+        wanted = self.monitor or ""
+        if self.keep_best and wanted.startswith("val/") and columns and wanted not in columns:
+            there = ", ".join(name for name in columns if name.startswith("val/"))
+            raise UserError(
+                f"callbacks.checkpoint.monitor={wanted} is no column of metrics.csv, so no checkpoint"
+                f" would ever be the best. The validation gives {there}. Name one of them, or null."
+            )
+
+    def warn_of_monitor(self, row: dict[str, Any]) -> None:
+        if self.keep_best and self.monitor not in row and not self.monitor.startswith("val/"):
+            log.warning(
+                f"callbacks.checkpoint.monitor={self.monitor} is not among the columns of the first"
+                f" rollout step ({', '.join(row)}): unless a later one has it, best.ckpt will never"
+                " be made."
+            )
+
     def ranked(self, score: float | None, name: str) -> bool:
         """Whether a checkpoint of this score is among the best, which it then is one of."""
         if score is None or not self.keep_best:
             return False
-        if len(self.best) == self.keep_best and score <= self.best[-1][0]:
+        if math.isnan(score):  # no figure is the best of any
+            return False
+        if len(self.best) == self.keep_best and not score > self.best[-1][0]:
             return False
         self.best = sorted([*self.best, (score, name)], key=lambda kept: -kept[0])[: self.keep_best]
         return True
@@ -141,14 +176,20 @@ class Checkpoint(BoundaryCallback):
             "ranks": self._trainer.world_size,
             "model": module.model_name,
         }
-        return {"format": FORMAT, "best": self.best, "loggers": states, "saved_by": by}
+        return {"format": FORMAT, "best": self.best, "monitor": self.monitor, "loggers": states, "saved_by": by}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved_by({"callbacks": {"Checkpoint": state}})
-        self.best = [(score, name) for score, name in state["best"]]
+        if comparable(state.get("monitor", self.monitor), self.monitor):
+            self.best = [(score, name) for score, name in state["best"]]
         for logger, logger_state in zip(self._trainer.loggers, state["loggers"], strict=True):
             if logger_state:
                 logger.load_state_dict(logger_state)
+
+
+def comparable(monitor: str | None, other: str | None) -> bool:
+    """Whether values of two columns can be ranked together; avg@k estimates one figure for any k."""
+    return monitor == other or all(str(name).startswith(AVG) for name in (monitor, other))
 
 
 def strategy_name(strategy: Strategy) -> str:

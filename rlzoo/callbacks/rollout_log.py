@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -31,10 +31,12 @@ class RolloutLog(BoundaryCallback):
             )
         self.run_dir, self.rollouts_every = Path(run_dir), rollouts_every
         self.ledger_csv = CSVLogger(run_dir, "ledger.csv")
-        self.phases: Counter[str] = Counter()  # seconds by phase up to the last row
+        self.spent: dict[str, float] = {"other": 0.0}  # seconds by phase up to the last row
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
+        data.bars.k = data.val_responses
+        self.spent.setdefault("other", data.ledger.spent()["other"])  # older checkpoints have none
         if world()[0] == 0:
             self.remove_later_files(data.rollout_step, data.epoch + data.epoch_in_progress())
         if data.row:  # the validation before the first update
@@ -58,26 +60,31 @@ class RolloutLog(BoundaryCallback):
         if world()[0] != 0:
             data.row = {}
             return
-        spent = data.ledger.row()
+        totals = data.ledger.row()
         epoch = max(0, data.rollout_step - 1) // data.steps_per_epoch
         row = {"rollout_step": data.rollout_step, "epoch": epoch} | figures | data.row
-        row |= {name: value for name, value in spent.items() if not name.startswith("time/")}
-        row |= self.phase_seconds(data.ledger.phases)
-        row["time/seconds"] = data.ledger.seconds
-        if data.rollouts and row.get("time/sampling"):
+        row |= {name: value for name, value in totals.items() if not name.startswith("time/")}
+        row |= self.phase_seconds(totals)
+        row["time/seconds"] = totals["time/seconds"]
+        if data.rollouts and data.rollouts.sampling_seconds:
             drawn = int(data.rollouts.lengths.sum())
-            row["time/tokens_per_second"] = drawn / row["time/sampling"]
+            row["time/tokens_per_second"] = drawn / data.rollouts.sampling_seconds
         for logger in trainer.loggers:
             logger.log_metrics(row, data.rollout_step)
-        self.ledger_csv.log_metrics({"rollout_step": data.rollout_step} | spent)
+        self.ledger_csv.log_metrics({"rollout_step": data.rollout_step} | totals)
         data.bars.print_step(row)
         data.last_row, data.row = row, {}
 
-    def phase_seconds(self, phases: Counter[str]) -> dict[str, float]:
-        """Seconds of each phase since the last row."""
-        spent = {f"time/{name}": value - self.phases[name] for name, value in phases.items()}
-        self.phases = Counter(phases)
-        return dict(sorted(spent.items()))
+    def phase_seconds(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Seconds of each phase, and of all else ("other"), since the last row, by column.
+
+        Args:
+            totals: of `Ledger.row`.
+        """
+        names = [n for n in totals if n.startswith("time/") and n != "time/seconds"]
+        spent = {name.removeprefix("time/"): totals[name] for name in names}
+        earlier, self.spent = self.spent, spent
+        return {f"time/{name}": value - earlier.get(name, 0.0) for name, value in spent.items()}
 
     def remove_later_files(self, rollout_step: int, epoch: int) -> None:
         """Removes what an interrupted run wrote after the checkpoint that is resumed."""
@@ -87,11 +94,11 @@ class RolloutLog(BoundaryCallback):
                     path.unlink()
 
     def state_dict(self) -> dict:
-        return {"ledger_csv": self.ledger_csv.state_dict(), "phases": dict(self.phases)}
+        return {"ledger_csv": self.ledger_csv.state_dict(), "phases": dict(self.spent)}
 
     def load_state_dict(self, state: dict) -> None:
         self.ledger_csv.load_state_dict(state["ledger_csv"])
-        self.phases = Counter(state["phases"])
+        self.spent = dict(state["phases"])
 
 
 def mean_norms(norms: list[dict[str, float]]) -> dict[str, float]:

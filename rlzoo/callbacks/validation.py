@@ -32,14 +32,16 @@ class Validation(BoundaryCallback):
             self.validate(trainer)
 
     def validate(self, trainer: Trainer) -> None:
-        """Adds `val/avg_at_K`, `val/pass_at_k`, `val/stderr` and `val/length` to the row."""
+        """Adds `val/avg_at_K`, `val/pass_at_k`, `val/stderr` and `val/length` to the row.
+
+        What it costs is booked as "sampling/val", "verifying/val" and "gathering/val".
+        """
         data = trainer.datamodule
         k = data.val_responses
         metrics = PassMetrics(ks=[k_ for k_ in (1, 2, 4, 8, 16, 32, 64) if k_ < k] + [k])
-        with data.ledger.phase("validating"):
-            rollouts = data.drawer.draw(
-                data.val_prompts, [k] * len(data.val_prompts), "val", data.rollout_step
-            )
+        rollouts = data.drawer.draw(
+            data.val_prompts, [k] * len(data.val_prompts), "val", data.rollout_step
+        )
         metrics.sync_on_compute = False  # every rank holds all rollouts
         metrics.update(rollouts.rewards, rollouts.group_ids)
         figures = metrics.compute()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,6 +58,9 @@ class Drawer:
     ) -> Rollouts:
         """`budgets[i]` scored responses of `prompts[i]`; prompts of budget 0 are left out.
 
+        Seconds are booked by stream: "sampling", "verifying", and "gathering", which is waiting
+        for the other ranks and putting together what all drew.
+
         Collective: every rank draws and scores its share of the responses, balanced by expected
         tokens (`rlzoo.data.shares`), and returns the rollouts of all.
         """
@@ -71,12 +75,17 @@ class Drawer:
         ]
         version = self.ledger.updates
         bar = self.bars.phase("sampling", sum(len(r.seeds) for r in requests), "responses")
-        with self.ledger.phase("sampling"), bar as advance:
+        began = time.perf_counter()
+        with self.ledger.phase(f"sampling/{stream}"), bar as advance:
             drawn = self.engine.generate(requests, self.params, version, advance)
-        scored = self._score([prompts[piece.prompt] for piece in mine], drawn)
-        parts = all_gather(list(zip(mine, scored, strict=True)))
-        pairs = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
-        rollouts = assemble(prompts, budgets, [s for _, s in pairs], version, rollout_step)
+        seconds = time.perf_counter() - began
+        with self.ledger.phase(f"verifying/{stream}"):
+            scored = self._score([prompts[piece.prompt] for piece in mine], drawn)
+        with self.ledger.phase(f"gathering/{stream}"):
+            parts = all_gather((list(zip(mine, scored, strict=True)), seconds))
+            pairs = sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])
+            rollouts = assemble(prompts, budgets, [s for _, s in pairs], version, rollout_step)
+        rollouts.sampling_seconds = max(seconds for _, seconds in parts)  # the slowest rank's
         self.ledger.drew(stream, rollouts.lengths.tolist())
         return rollouts
 
@@ -111,7 +120,7 @@ class Drawer:
         flat = [(p, r) for p, group in zip(prompts, drawn, strict=True) for r in group]
         texts = [self.text(response) for _, response in flat]
         bar = self.bars.phase("verifying", len(flat), "responses")
-        with self.ledger.phase("verifying"), bar as advance:
+        with bar as advance:
             scores = self.reward(
                 [prompt for prompt, _ in flat],
                 texts,
@@ -168,6 +177,7 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
         rewards=torch.cat([part.rewards for part in parts]),
         verdicts=torch.cat([part.verdicts for part in parts]),
         num_near_ties=sum(part.num_near_ties for part in parts),
+        sampling_seconds=sum(part.sampling_seconds for part in parts),
     )
 
 
