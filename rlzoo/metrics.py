@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
+from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError
 from rlzoo.rewards.base import is_right
 
@@ -111,44 +112,17 @@ def _log_falling(n: Tensor, k: int) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
 
 
-class WeightedMean(Metric):
-    """One weighted mean, kept as a float64 weighted sum and a float64 sum of weights.
-
-    torchmetrics' MeanMetric (1.9.0) drops NaN, or with `nan_strategy="disable"` ignores the
-    weights; here a NaN loss stays visible and weights always count.
-    """
-
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        _add_sum(self, "weighted_sum")
-        _add_sum(self, "weight")
-
-    def update(self, weighted_sum: Tensor, weight: Tensor) -> None:
-        """Adds a weighted sum [] and the sum of its weights []; nothing where the weight is 0."""
-        weight = weight.detach().double()
-        self.weighted_sum += torch.where(weight != 0, weighted_sum.detach().double(), 0.0)
-        self.weight += weight
-
-    def compute(self) -> Tensor:
-        """The mean over all ranks, [] float64; NaN if no weight was added."""
-        return self.weighted_sum / self.weight
-
-
-class WeightedMeans(nn.Module):
+class WeightedMeans:
     """Weighted means by name, such as token means of what a loss reports.
 
-    Names appear with their first `update` and stay, `reset` or not. Every rank must hold the same
-    names when it computes, since each mean is reduced over ranks in turn: a rank without data
-    calls `update` with zero sums and zero weight.
+    Each is kept as a float64 weighted sum and a float64 sum of weights, so a NaN stays visible and
+    weights always count (torchmetrics' MeanMetric, 1.9.0, drops one or ignores the other). Names
+    appear with their first `update` and stay, `reset` or not. Ranks may hold other names, or the
+    same ones in another order: a name that a rank or a microbatch lacks has no weight there.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._names: list[str] = []
-        # A list, because a ModuleDict refuses names such as "a.b" and "values".
-        self._means = nn.ModuleList()
+        self._sums: dict[str, Tensor] = {}  # by name: [2] float64, weighted sum and weight
 
     def update(self, sums: dict[str, Tensor], weight: Tensor) -> None:
         """Adds a microbatch.
@@ -157,19 +131,28 @@ class WeightedMeans(nn.Module):
             sums: name to weighted sum, each []; never means.
             weight: [] sum of the weights behind every one of them; 0 changes nothing.
         """
+        weight = weight.detach().double()
         for name, weighted_sum in sums.items():
-            if name not in self._names:
-                self._names.append(name)
-                self._means.append(WeightedMean().to(weight.device))
-            self._means[self._names.index(name)].update(weighted_sum, weight)
+            value = torch.as_tensor(weighted_sum, device=weight.device).detach().double()
+            added = torch.stack([torch.where(weight != 0, value, 0.0), weight])
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def compute(self) -> dict[str, float]:
-        """Each name's mean over all ranks, names in sorted order; NaN if it got no weight."""
-        means = dict(zip(self._names, self._means, strict=True))
-        # Sorted, so that ranks that met the names in other orders still reduce the same one.
-        return {name: float(means[name].compute()) for name in sorted(means)}
+        """Each name's mean over all ranks, names in sorted order; NaN if it got no weight.
+
+        Collective: one exchange of names and sums together, whatever each rank holds.
+        """
+        names = list(self._sums)
+        mine = torch.stack([self._sums[name] for name in names]).tolist() if names else []
+        ranks = all_gather(dict(zip(names, mine, strict=True)))
+        nothing = [0.0, 0.0]
+        means = {}
+        for name in sorted({name for rank in ranks for name in rank}):
+            found = torch.tensor([rank.get(name, nothing) for rank in ranks], dtype=torch.float64)
+            total, weight = found.sum(0)
+            means[name] = float(total / weight)
+        return means
 
     def reset(self) -> None:
         """Forgets all sums and weights, not the names."""
-        for mean in self._means:
-            mean.reset()
+        self._sums = {name: torch.zeros_like(sums) for name, sums in self._sums.items()}

@@ -147,13 +147,18 @@ def collate(
 
     Args:
         advantages: [N], each repeated over its response's tokens, or N x [L]; 0 if absent.
+
+    Returns:
+        Also the scores that the rollouts have, by their names, and no others.
     """
     rows = max(1, len(plan.rollouts))
     prompts = [rollouts.prompts[int(rollouts.group_ids[i])].token_ids for i in plan.rollouts]
     responses = [rollouts.responses[i] for i in plan.rollouts]
     width = max((len(r) for r in responses), default=1)
     total = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=2)
-    tensors = {name: torch.zeros(rows, width) for name in RolloutBatch.TENSORS} | {
+    scores = rollouts.scores
+    floats = ("weights", "advantages", "sampler_logprobs", *scores)
+    tensors = {name: torch.zeros(rows, width) for name in floats} | {
         "input_ids": torch.full((rows, total), pad_token_id),
         "prompt_lengths": torch.ones(rows, dtype=torch.long),
         "response_ids": torch.full((rows, width), pad_token_id),
@@ -170,6 +175,20 @@ def collate(
         if advantages is not None:
             tensors["advantages"][row, : len(response)] = advantages[i]
         tensors["sampler_logprobs"][row, : len(response)] = rollouts.sampler_logprobs[i]
-        for name, scores in rollouts.scores.items():
-            tensors[name][row, : len(response)] = scores[i]
+        for name, found in scores.items():
+            tensors[name][row, : len(response)] = scores_of(found[i], response, name, i)
     return RolloutBatch(tensors, plan.divisor)
+
+
+def scores_of(found: Tensor, response: Tensor, name: str, rollout: int) -> Tensor:
+    """[L] the scores of a rollout's response.
+
+    Raises:
+        RuntimeError: it was not scored, or not every token of it.
+    """
+    if len(found) != len(response):
+        raise RuntimeError(
+            f"Rollout {rollout} has {len(response)} response tokens and {len(found)} scores"
+            f" {name}: what trains must be among what `scored` names."
+        )
+    return found

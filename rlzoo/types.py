@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from rlzoo.errors import UserError
+
 PolicyFactory = Callable[[], nn.Module]
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
 
@@ -59,7 +61,8 @@ class Rollouts:
     replayed: bool = False  # read from a file, not drawn by this run
     weights: Tensor | None = None  # [N] float32, what each counts for in the loss; None is 1
     scores: dict[str, list[Tensor]] = field(default_factory=dict)  # name -> N x [L] float32, of
-    # the trainer's models: old_logprobs, ref_logprobs, values, returns; empty where not scored
+    # the trainer's models: old_logprobs, ref_logprobs, values, returns, or an algorithm's own; a
+    # name that nothing computed is absent, a rollout that was not scored has an empty tensor
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -74,15 +77,26 @@ class Rollouts:
         return len(self.prompts[int(self.group_ids[i])].token_ids) + len(self.responses[i])
 
 
+class NoSuchScore(UserError, AttributeError):
+    """A loss reads a score that its algorithm has not declared."""
+
+
 class RolloutBatch:
     """A microbatch: the rollouts of one `training_step` call.
 
     A plain class with `.to()`, because precision plugins cast dataclasses and tensors to half
     precision, `old_logprobs` included. A microbatch with no rollout still has one row, of weight 0
     and mask False, so that its zero loss hangs on the graph.
+
+    Beside the tensors that every microbatch has, it holds a [B, T] float32 for each score that was
+    computed, by the name it has in `Rollouts.scores`. One that was not is an error to read: a zero
+    in its place would be a log-prob of 1 for every token.
+
+    Raises:
+        NoSuchScore: from reading a score that was not computed.
     """
 
-    TENSORS = (
+    ALWAYS = (
         "input_ids",  # [B, S] int64, prompt then response, padded on the right
         "prompt_lengths",  # [B] int64
         "response_ids",  # [B, T] int64, padded on the right
@@ -90,11 +104,14 @@ class RolloutBatch:
         "weights",  # [B, T] float32, 0 off the response
         "advantages",  # [B, T] float32
         "sampler_logprobs",  # [B, T] float32 nats
+    )
+    SCORES = (  # those of rlzoo's own algorithms; others may come beside them
         "old_logprobs",  # [B, T] float32 nats
         "ref_logprobs",  # [B, T] float32 nats
         "values",  # [B, T] float32, of the critic when the rollouts were scored
         "returns",  # [B, T] float32, targets of the critic
     )
+    TENSORS = ALWAYS + SCORES
     input_ids: Tensor
     prompt_lengths: Tensor
     response_ids: Tensor
@@ -113,8 +130,20 @@ class RolloutBatch:
         self.last = last  # the last microbatch of its rollout step
         self.pieces = 1  # forward passes it is computed in, the same on every rank
 
+    def __getattr__(self, name: str) -> Tensor:
+        """Called for what is not there."""
+        if name.startswith("_"):
+            raise AttributeError(name)  # copying and pickling ask for such names
+        held = ", ".join(n for n in self.tensors() if n not in self.ALWAYS) or "none"
+        raise NoSuchScore(
+            f"The loss reads batch.{name}, but nothing computed it for this rollout step (scores at"
+            f" hand: {held}). An algorithm declares what it reads: needs_old_logprobs for"
+            " old_logprobs, needs_reference_always or algo.kl_coef > 0 for ref_logprobs, extra_scores"
+            " and a score_batch of its own for any other (docs/extending.md)."
+        )
+
     def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.TENSORS}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device | str, **_: object) -> RolloutBatch:
         return self.replaced(**{name: t.to(device) for name, t in self.tensors().items()})

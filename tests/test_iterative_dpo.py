@@ -104,8 +104,10 @@ def test_the_reference_at_iteration_start_is_the_policy_that_drew_the_pairs():
         for parameter in algo.policy.parameters():
             parameter.data *= 0.9  # trained on since the beginning
         (batch,) = prepared(algo, recorded_rollouts((4, 4)))
+        assert hasattr(batch, "ref_logprobs") == (algo is initial)  # computed where it is needed
+        anchor = batch.ref_logprobs if algo is initial else torch.zeros_like(batch.old_logprobs)
         mask = batch.response_mask
-        at_reference = torch.allclose(batch.old_logprobs[mask], batch.ref_logprobs[mask])
+        at_reference = torch.allclose(batch.old_logprobs[mask], anchor[mask])
         loss = algo.policy_loss(batch.old_logprobs, batch).loss_sum / batch.divisor
         is_log_two = abs(loss.item() - math.log(2)) < 1e-5
         assert is_log_two == (algo is start) and not at_reference

@@ -1,6 +1,9 @@
-"""Two processes over gloo train as one does: every algorithm, from scoring to averaged gradients."""
+"""Two processes over gloo train as one does: every algorithm, from scoring to averaged gradients, and
+what is logged of them, a rank without data included."""
 
 import dataclasses
+import math
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rlzoo.algos import PolicyAlgorithm
-from rlzoo.types import Rollouts
+from rlzoo.algos import RAFT, PolicyAlgorithm
+from rlzoo.losses import LossOutput
+from rlzoo.types import RolloutBatch, Rollouts
 from tests.recorded import recorded_rollouts
 from tests.zoo import NAMES, build, gradient
 
@@ -41,20 +45,53 @@ def gradients() -> list[torch.Tensor]:
     return [*found, gradient(made(name, changes), lonely)]
 
 
+class Talkative(RAFT):
+    """A loss from outside that reports other names for other microbatches, and by rank."""
+
+    def policy_loss(self, logprobs: torch.Tensor, batch: RolloutBatch) -> LossOutput:
+        loss_sum, _ = super().policy_loss(logprobs, batch)
+        rows = int(batch.response_mask.any(-1).sum())
+        tokens = batch.weights.sum()
+        return LossOutput(loss_sum, {f"microbatches_of_{rows}": tokens, "z": 2 * tokens})
+
+
+def logged() -> dict[str, dict[str, float]]:
+    """What each algorithm logs of a rollout step in which one unit trains, so that rank 1 has
+    nothing but blank microbatches; and of one in which ranks and microbatches report other names."""
+    found = {}
+    for name in NAMES:
+        lonely = recorded_rollouts((2,) if name == "iterative_dpo" else (1,))
+        lonely.rewards = torch.tensor([1.0, 0.0])[: len(lonely)]
+        algo = build(name)
+        gradient(algo, lonely, accumulate=2)
+        found[name] = algo.means.compute() | algo.gap()
+    algo = build("raft")
+    algo.__class__ = Talkative
+    gradient(algo, dataclasses.replace(step(), rewards=torch.tensor([1.0] * 3 + [0.0] * 7)), 2)
+    found["talkative"] = algo.means.compute()
+    return found
+
+
 def compute_on_a_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
     averaged = gradients()
     for tensor in averaged:  # as a data-parallel strategy does
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         tensor /= 2
-    torch.save(averaged, f"{folder}/{rank}.pt")
+    torch.save((averaged, logged()), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def averaged(tmp_path_factory: pytest.TempPathFactory) -> list[list[torch.Tensor]]:
-    """By rank, the averaged gradients."""
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    """By rank, the averaged gradients and what was logged."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     mp.start_processes(compute_on_a_rank, (str(folder),), nprocs=2, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -66,8 +103,24 @@ def alone() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", range(len(EVERY) + 1), ids=[n for n, _ in EVERY] + ["lone"])
-def test_two_ranks_average_to_the_gradient_of_one(case, averaged, alone):
+def test_two_ranks_average_to_the_gradient_of_one(case, ranks, alone):
     expected = alone[case]
     assert expected.norm() > 1e-4
-    for rank in range(2):
-        assert (averaged[rank][case] - expected).norm() / expected.norm() < 1e-5
+    for averaged, _ in ranks:
+        assert (averaged[case] - expected).norm() / expected.norm() < 1e-5
+
+
+def test_a_rank_without_data_logs_what_one_process_alone_does(ranks):
+    """What the ranks exchange while they log does not depend on what they hold."""
+    expected = logged()
+    talkative = {"microbatches_of_1", "microbatches_of_2", "z", "entropy", "loss"}
+    assert set(expected["talkative"]) - talkative == set()
+    for _, found in ranks:
+        assert "z" in found["talkative"] and found["talkative"]["z"] == pytest.approx(2.0)
+        for name in NAMES:
+            assert expected[name].keys() == found[name].keys()
+            for key, value in expected[name].items():
+                same = found[name][key] == pytest.approx(value, rel=1e-5, abs=1e-6)
+                assert same or (math.isnan(value) and math.isnan(found[name][key])), (name, key)
+    both = [{k: v for k, v in found["talkative"].items() if v == v} for _, found in ranks]
+    assert both[0] == both[1]

@@ -174,9 +174,13 @@ class PolicyAlgorithm(ScoringModule):
         self, rollouts: Rollouts, on_progress: Callable[[int], None] = lambda n: None
     ) -> list[RolloutBatch]:
         """This rank's `microbatches_per_step` microbatches of a rollout step, scored."""
-        self.scores_old = self.must_score_old(rollouts.rollout_step == 0)
-        self.score(rollouts, self.scored(rollouts), self.scores_old, on_progress)
-        if rollouts.rollout_step == 0 and not rollouts.replayed:
+        first = rollouts.rollout_step == 0
+        self.scores_old = self.must_score_old(first)
+        scored = self.scored(rollouts)
+        if first and not scored:  # nothing trains, but engine and trainer are compared all the same
+            scored = list(range(len(rollouts)))
+        self.score(rollouts, scored, self.scores_old, on_progress)
+        if first and not rollouts.replayed:
             self.check_gap()
         batches = self.plan(
             rollouts,
@@ -257,7 +261,8 @@ class PolicyAlgorithm(ScoringModule):
         )
         rewards = rewards + self.overlong_penalty * penalty
         if self.kl_in_reward and not self.credits_tokens:
-            rewards = rewards - torch.stack([kl.sum() for kl in self.kl_penalties(rollouts)])
+            sums = [kl.sum() for kl in self.kl_penalties(rollouts)]
+            rewards = rewards - torch.stack(sums) if sums else rewards
         return rewards
 
     def kl_penalties(self, rollouts: Rollouts) -> list[Tensor]:

@@ -12,6 +12,8 @@ from rlzoo.losses import LossOutput, dpo_loss
 from rlzoo.selection import best_and_worst
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
+METRICS = ("dpo/accuracy", "dpo/margin", "dpo/chosen_log_ratio", "dpo/rejected_log_ratio")
+
 
 class IterativeDPO(PolicyAlgorithm):
     """Iterative Direct Preference Optimization (arXiv:2305.18290, 2312.11456; Online-DPO-R1).
@@ -81,7 +83,8 @@ class IterativeDPO(PolicyAlgorithm):
     def policy_loss(self, logprobs: Tensor, batch: RolloutBatch) -> LossOutput:
         """Rows are chosen, rejected, chosen, rejected; a row alone is an empty microbatch."""
         if len(logprobs) == 1:
-            return LossOutput((batch.weights * logprobs).sum(), {})
+            nothing = (batch.weights * logprobs).sum()
+            return LossOutput(nothing, dict.fromkeys(METRICS, nothing.detach()))
         anchor = batch.ref_logprobs if self.reference == "initial" else batch.old_logprobs
         log_ratios = torch.where(batch.response_mask, logprobs - anchor, 0.0).sum(-1)  # [B]
         chosen, rejected = log_ratios[0::2], log_ratios[1::2]
@@ -98,10 +101,6 @@ class IterativeDPO(PolicyAlgorithm):
             nll = -(batch.weights[0::2] * logprobs[0::2]).sum()
             loss_sum = loss_sum + 2 * self.nll_coef * nll
         with torch.no_grad():
-            metrics = {
-                "dpo/accuracy": (pair_weights * (chosen > rejected)).sum(),
-                "dpo/margin": (pair_weights * self.beta * (chosen - rejected)).sum(),
-                "dpo/chosen_log_ratio": (pair_weights * chosen).sum(),
-                "dpo/rejected_log_ratio": (pair_weights * rejected).sum(),
-            }
-        return LossOutput(loss_sum, metrics)
+            values = (chosen > rejected, self.beta * (chosen - rejected), chosen, rejected)
+            sums = [(pair_weights * value).sum() for value in values]
+        return LossOutput(loss_sum, dict(zip(METRICS, sums, strict=True)))

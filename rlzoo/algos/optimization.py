@@ -100,7 +100,7 @@ class OptimizationModule(lightning.LightningModule):
         does nothing. Under DeepSpeed the strategy does that, where the gradients are."""
         if getattr(optimizer, "settles_updates", False):
             return
-        limit, norms = gradient_clip_val or float("inf"), {}
+        limit, norms = clip_limit(gradient_clip_val, gradient_clip_algorithm), {}
         for group in optimizer.param_groups:
             if group["name"] in self.frozen_groups:
                 for parameter in group["params"]:
@@ -144,8 +144,33 @@ class OptimizationModule(lightning.LightningModule):
             scheduler.step()
 
 
+def clip_limit(value: float | None, algorithm: object = None) -> float:
+    """Largest gradient norm of a parameter group; infinite unless `value` is above 0.
+
+    0, null and, as in many frameworks, negative values turn clipping off: a norm below 0 would
+    turn every gradient round.
+
+    Raises:
+        UserError: another way of clipping than by norm.
+    """
+    if algorithm is not None and str(getattr(algorithm, "value", algorithm)) != "norm":
+        raise UserError(
+            f"trainer.gradient_clip_algorithm={algorithm} would do nothing: gradients are clipped by"
+            " the norm of each parameter group. Set it to norm or null."
+        )
+    return value if value is not None and value > 0 else math.inf
+
+
 def skip_reason(grad_norm: float, divisor: float) -> str | None:
-    """Why an update must not be made: "empty", "non_finite", or None."""
-    if divisor == 0:
+    """Why an update must not be made: "empty", "non_finite", or None.
+
+    A gradient that is 0 throughout has nothing to learn from either: all advantages are 0, as in
+    groups without contrast. Adam's momentum and weight decay would move the weights all the same.
+
+    Args:
+        grad_norm: of all parameter groups together, before clipping.
+        divisor: sum of the update's weights.
+    """
+    if divisor == 0 or grad_norm == 0:
         return "empty"
     return None if math.isfinite(grad_norm) else "non_finite"

@@ -102,6 +102,9 @@ class PPO(ClippedPolicyAlgorithm):
 
     def compute_advantages(self, rollouts: Rollouts) -> list[Tensor]:
         """N x [L]; also leaves `returns` with the rollouts' scores."""
+        if not len(rollouts):
+            rollouts.scores["returns"] = []
+            return []
         lengths = rollouts.lengths
         values = pad_sequence(rollouts.scores["values"], batch_first=True)  # [N, T]
         mask = torch.arange(values.shape[1]) < lengths[:, None]

@@ -36,6 +36,8 @@ class ScoringModule(OptimizationModule):
         pad_token_id: fills microbatches.
     """
 
+    extra_scores: tuple[str, ...] = ()  # what a subclass's score_batch adds, by name
+
     def __init__(
         self,
         policy: PolicyFactory,
@@ -121,17 +123,20 @@ class ScoringModule(OptimizationModule):
     ) -> None:
         """Fills `rollouts.scores` for some rollouts; every rank scores its share and holds all.
 
+        Where there is nothing to score, a blank microbatch is, so that its names are there.
+
         Args:
             indices: the rollouts to score.
             old: whether the weights that sampled score too, not the reference alone.
         """
         self._gaps = []
-        if not old and not self.needs_reference:
+        if not (old or self.needs_reference or self.extra_scores):
             return
         rank, world_size = world()
         limit = self.max_tokens_per_microbatch
         mine: dict[str, dict[int, Tensor]] = {}
-        for chunk in chunked(rollouts, indices, limit, world_size)[rank::world_size]:
+        chunks = chunked(rollouts, indices, limit, world_size) or [[]] * world_size
+        for chunk in chunks[rank::world_size]:
             plan = Plan(chunk, torch.ones(len(chunk)), 1.0)
             batch = collate(rollouts, plan, self.pad_token_id).to(self.device)
             with self.trainer.precision_plugin.forward_context():  # as in training
@@ -184,12 +189,12 @@ class ScoringModule(OptimizationModule):
 
     @property
     def side_models(self) -> list[nn.Module]:
-        """Frozen models beside the trained ones, for a strategy to shard."""
+        """Frozen models beside the trained ones, for a strategy to shard and to move."""
         return self._reference
 
     def on_fit_start(self) -> None:
-        for reference in self._reference:
-            reference.to(self.device)
+        for model in self.side_models:
+            model.to(self.device)
 
 
 def chunked(

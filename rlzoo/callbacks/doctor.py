@@ -42,8 +42,8 @@ class Doctor(Callback):
             return
         self.done = True
         data = trainer.datamodule
-        old = data.rollouts.scores["old_logprobs"]
-        pairs = zip(old, data.rollouts.sampler_logprobs, strict=True)
+        old = data.rollouts.scores.get("old_logprobs", [])  # absent where nothing was scored
+        pairs = zip(old, data.rollouts.sampler_logprobs, strict=bool(old))
         gaps = [(ours - theirs).abs() for ours, theirs in pairs if len(ours)]
         if gaps:
             half = in_half_precision(trainer.precision, data.engine.dtype)

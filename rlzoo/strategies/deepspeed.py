@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rlzoo.algos.optimization import clip_limit
 from rlzoo.errors import UserError, check_choice
 
 
@@ -213,7 +214,7 @@ def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
     def settled(*_: Any) -> Any:
         """Norms for ZeRO to look at: those of the parts, or infinite ones to skip the update."""
         module = strategy.lightning_module
-        limit = module.trainer.gradient_clip_val or math.inf
+        limit = clip_limit(module.trainer.gradient_clip_val)
         # DeepSpeed reports what is not finite as -1.
         parts = [float(norm) if norm >= 0 else math.inf for norm in norms_of_parts()]
         squares: Counter[str] = Counter()

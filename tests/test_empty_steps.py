@@ -1,0 +1,193 @@
+"""A rollout step with nothing to train on is booked and skipped, and the run goes on: every
+algorithm, nothing right, everything right, nothing drawn."""
+
+import dataclasses
+import json
+
+import pyarrow.parquet
+import pytest
+import torch
+
+from rlzoo.algos import PolicyAlgorithm
+from rlzoo.algos.optimization import clip_limit, skip_reason
+from rlzoo.errors import UserError
+from rlzoo.summary import read_metrics
+from rlzoo.types import NoSuchScore, Rollouts
+from tests import warm
+from tests.recorded import recorded_rollouts
+from tests.zoo import NAMES, build, calm_model, prepared
+
+
+def nothing_drawn() -> Rollouts:
+    return dataclasses.replace(
+        recorded_rollouts((1,)),
+        prompts=[],
+        group_ids=torch.zeros(0, dtype=torch.long),
+        responses=[],
+        sampler_logprobs=[],
+        truncated=torch.zeros(0, dtype=torch.bool),
+        rewards=torch.zeros(0),
+        verdicts=torch.zeros(0, dtype=torch.int8),
+    )
+
+
+def filled(reward: float, truncated: bool = False) -> Rollouts:
+    rollouts = recorded_rollouts((1, 3))
+    rollouts.rewards.fill_(reward)
+    rollouts.truncated.fill_(truncated)
+    return rollouts
+
+
+STEPS = {
+    "nothing drawn": nothing_drawn,
+    "nothing right": lambda: filled(0.0),
+    "everything right": lambda: filled(1.0),
+    "everything truncated": lambda: filled(1.0, truncated=True),
+}
+KL_IN_REWARD = {"kl_coef": 0.2, "kl_in": "reward"}
+VARIANTS = [{}, {"kl_coef": 0.2, "tis_cap": 2.0}, {"entropy_coef": 0.1, "updates": 2, "passes": 2}]
+VARIANTS += [KL_IN_REWARD, {"overlong_filter": True, "rejected": "drop"}]
+PPOS = [{"critic": "shared"}, {"critic_warmup": 9}, {"whiten_advantages": False} | KL_IN_REWARD]
+
+
+def built(name: str, changes: dict) -> PolicyAlgorithm | None:
+    """None where the algorithm has no place for these options."""
+    try:
+        return build(name, max_logprob_gap=1e9, **changes)
+    except UserError:
+        return None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_step_is_prepared_and_trained_on_without_a_fault(name):
+    """Its microbatches are as many as ever, its losses finite, in the first step and later."""
+    for changes in VARIANTS + (PPOS if name == "ppo" else []):
+        algo = built(name, changes)
+        for rollout_step in ((3,) if changes else (0, 3)) if algo else ():
+            for what, made in STEPS.items():
+                if what == "everything truncated" and not algo.overlong_filter:
+                    continue
+                rollouts = made()
+                rollouts.rollout_step = rollout_step
+                batches = prepared(algo, rollouts)
+                assert len(batches) == algo.updates_per_step, what
+                for batch in batches:
+                    algo.zero_grad()
+                    algo.training_step(batch, 0).backward()
+                    grads = [p.grad for p in algo.parameters() if p.grad is not None]
+                    assert all(grad.isfinite().all() for grad in grads), (changes, what)
+                    if what == "nothing drawn":
+                        assert batch.divisor == 0 and not any(grad.any() for grad in grads)
+
+
+def test_an_update_whose_gradient_is_zero_is_empty():
+    """A reward that never differs gives GRPO advantages of 0: Adam's momentum must not move it."""
+    assert skip_reason(0.0, 12.0) == skip_reason(1.0, 0.0) == "empty"
+    assert skip_reason(1e-30, 12.0) is None
+
+
+def test_on_a_first_step_without_anything_to_train_on_engine_and_trainer_are_compared():
+    algo = build("raft", max_logprob_gap=0.1)
+    rollouts = filled(0.0)
+    rollouts.rollout_step = 0
+    rollouts.sampler_logprobs = [torch.full_like(x, -50.0) for x in rollouts.sampler_logprobs]
+    with pytest.raises(UserError, match="max_logprob_gap"):
+        prepared(algo, rollouts)
+
+
+@pytest.mark.parametrize("value, limit", [(1.5, 1.5), (0, torch.inf), (None, torch.inf), (-1, torch.inf)])
+def test_gradients_are_clipped_by_a_limit_above_zero_alone(value, limit):
+    assert clip_limit(value) == limit
+
+
+def test_another_way_of_clipping_is_refused():
+    assert clip_limit(1.0, "norm") == 1.0
+    with pytest.raises(UserError, match="gradient_clip_algorithm=value"):
+        clip_limit(1.0, "value")
+
+
+# --- scores that an algorithm declares ------------------------------------------------------
+
+
+class Taught(type(build("raft", configure=False))):
+    """RAFT towards a teacher: a score of its own, from a model of its own."""
+
+    extra_scores = ("teacher_logprobs",)
+
+    def build_models(self) -> None:
+        super().build_models()
+        self.teacher = [calm_model()]
+
+    def score_batch(self, batch, old):
+        teacher = torch.where(batch.response_mask, -2.0, 0.0)
+        return super().score_batch(batch, old) | {"teacher_logprobs": teacher}
+
+    def policy_loss(self, logprobs, batch):
+        loss_sum, metrics = super().policy_loss(logprobs, batch)
+        apart = (batch.weights * (logprobs - batch.teacher_logprobs)).sum()
+        return type(super().policy_loss(logprobs, batch))(loss_sum + apart, metrics | {"apart": apart})
+
+
+def test_a_loss_may_bring_a_score_of_its_own():
+    algo = build("raft")
+    algo.__class__ = Taught
+    rollouts = recorded_rollouts((3, 4))
+    batches = prepared(algo, rollouts)
+    algo.must_score_old = lambda first: False  # one update: no old log-probs, the teacher's all the same
+    for batch in [*batches, *algo.prepare(recorded_rollouts((3, 4)))]:
+        assert (batch.teacher_logprobs[batch.response_mask] == -2).all()
+        assert batch.to("cpu").with_rows(9).teacher_logprobs.shape[0] == 9
+        assert algo.total_loss(algo.forward_scores(batch), batch).metrics["apart"] != 0
+
+
+def test_a_score_that_nothing_computed_is_an_error_to_read():
+    """It was 0 for every token: a log-prob of 1."""
+    (batch,) = prepared(build("raft"), recorded_rollouts((3, 4)))
+    with pytest.raises(NoSuchScore, match="batch.ref_logprobs.*old_logprobs.*kl_coef"):
+        batch.ref_logprobs  # noqa: B018
+    assert not hasattr(batch, "values") and hasattr(batch, "old_logprobs")
+
+
+# --- whole runs -----------------------------------------------------------------------------
+
+WRONG = ("reward._target_=tests.constant_reward.Constant",)
+RIGHT = (*WRONG, "+reward.value=1.0")
+
+
+def skipped(run_dir) -> tuple[int, int]:
+    """Updates made, and updates skipped since there was nothing to train on."""
+    ledger = json.loads((run_dir / "summary.json").read_text())["ledger"]
+    return ledger["updates"], ledger.get("skipped/empty", 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("algo=raft", *WRONG),  # nothing selected
+        ("algo=grpo", *RIGHT),  # no group with contrast
+        ("algo=iterative_dpo", "algo.passes=1", *WRONG),  # no pair
+    ],
+)
+def test_a_run_with_nothing_to_learn_ends_and_leaves_the_policy_as_it_was(options, tmp_path):
+    warm.passed(tmp_path, *options)
+    assert skipped(tmp_path) == (0, 4)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["rollout_step"] for row in rows if row["num_rollouts"]] == ["1", "2"]
+    assert {row["lr"] for row in rows if row["lr"]} == {"0.0"}  # the schedule stands at its start
+    assert len(list((tmp_path / "rollouts").glob("*.parquet"))) == 2
+
+
+def test_steps_in_which_nothing_is_drawn_are_booked_and_a_resume_goes_on(tmp_path):
+    """One prompt has more than a step's responses, so the steps after it draw none."""
+    options = ("algo=ppo", "algo.kl_coef=0.1", "algo.kl_in=reward")
+    options += ("sampler=gvm", "sampler.allocator.n_max=null", "sampler.callback.pilots=1")
+    options += ("datamodule.responses_per_step=4", "datamodule.responses_per_prompt=2")
+    options += ("reward._target_=tests.constant_reward.OneRight", "limits.max_responses=null")
+    warm.passed(tmp_path, *options, "limits.max_updates=1")
+    warm.passed(tmp_path, *options, "limits.max_updates=3", "ckpt_path=last")
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if row["num_rollouts"]]
+    drawn = [int(row["num_rollouts"]) for row in rows]
+    assert 0 in drawn and drawn[0] > 4
+    files = sorted((tmp_path / "rollouts").glob("*.parquet"))
+    assert [pyarrow.parquet.read_metadata(file).num_rows for file in files] == drawn
+    assert skipped(tmp_path)[1] >= 2
