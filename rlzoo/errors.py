@@ -14,5 +14,5 @@ def check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def check_at_least(key: str, value: float, low: float) -> None:
-    if value < low:
+    if not value >= low:  # NaN is not either
         raise UserError(f"{key} must be at least {low}, got {value}.")

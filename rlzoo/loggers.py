@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlzoo.errors import UserError
+from rlzoo.values import PathText, Text
 
 
 class CSVLogger(Logger):
@@ -33,7 +34,7 @@ class CSVLogger(Logger):
         filename: name of the file in it.
     """
 
-    def __init__(self, run_dir: str | Path, filename: str = "metrics.csv") -> None:
+    def __init__(self, run_dir: PathText | Path, filename: Text = "metrics.csv") -> None:
         super().__init__()
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / filename

@@ -31,6 +31,7 @@ from rlzoo.progress import Bars
 from rlzoo.ranks import cluster_plugins, is_first, log_name
 from rlzoo.rewards.calling import make_reward
 from rlzoo.run_dir import claim, describe, find_checkpoint
+from rlzoo.schema import check_settings
 from rlzoo.summary import summarize
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def train(cfg: DictConfig) -> None:
         UserError: anything the user can mend.
         Preempted: the run was told to stop, and has saved.
     """
+    check_settings(cfg)
     run_dir = Path(cfg.run_dir)
     lock = claim(run_dir, resuming=cfg.ckpt_path is not None) if is_first() else None
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -133,6 +135,7 @@ def strategy_kind(cfg: DictConfig) -> str:
 
 def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
     """The algorithm, its data and the callbacks, in the order they act at a boundary."""
+    check_settings(cfg)
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.trust_remote_code)
     if cfg.model.get("lora") is not None:
         trust = cfg.model.trust_remote_code

@@ -30,6 +30,7 @@ from rlzoo.metrics import WeightedMeans
 from rlzoo.microbatching import AGGREGATIONS, collate, plan_microbatches
 from rlzoo.rewards.length import soft_overlong_penalty
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
+from rlzoo.values import AtLeast0, AtLeast1, Positive, Seed
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ class PolicyAlgorithm(ScoringModule):
         optimizer: OptimizerFactory,
         scheduler: Callable[[Optimizer], Any] | None = None,
         *,
-        updates: int = 1,
-        passes: int = 1,
+        updates: AtLeast1 = 1,
+        passes: AtLeast1 = 1,
         aggregation: str = "token_mean",
         rejected: str = "zero",
         reward_scale: str = "zero_one",
@@ -87,12 +88,12 @@ class PolicyAlgorithm(ScoringModule):
         overlong_penalty: float = 1.0,
         overlong_filter: bool = False,
         temperature: float = 1.0,
-        max_response_tokens: int = 128,
-        max_tokens_per_microbatch: int = 16384,
-        max_logprob_gap: float = 0.1,
-        max_skipped_updates: int = 10,
+        max_response_tokens: AtLeast1 = 128,
+        max_tokens_per_microbatch: AtLeast1 = 16384,
+        max_logprob_gap: Positive = 0.1,
+        max_skipped_updates: AtLeast0 = 10,
         pad_token_id: int = 0,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(
             policy,

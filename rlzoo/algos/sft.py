@@ -12,6 +12,7 @@ from rlzoo.logprobs import response_scores
 from rlzoo.metrics import WeightedMeans
 from rlzoo.models.gather import through
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch
+from rlzoo.values import AtLeast0
 
 
 class SFT(OptimizationModule):
@@ -30,7 +31,7 @@ class SFT(OptimizationModule):
         optimizer: OptimizerFactory,
         scheduler: Callable[[Optimizer], Any] | None = None,
         *,
-        max_skipped_updates: int = 10,
+        max_skipped_updates: AtLeast0 = 10,
     ) -> None:
         super().__init__(policy, optimizer, scheduler, max_skipped_updates=max_skipped_updates)
         self.means = WeightedMeans()  # of the step, over tokens

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rlzoo.allocators.uniform import Uniform
 from rlzoo.errors import check_at_least
 from rlzoo.rewards.base import is_right
+from rlzoo.values import AtLeast1
 
 
 class Dynamic(Uniform):
@@ -17,7 +18,7 @@ class Dynamic(Uniform):
         max_rounds: draws of one rollout step; what is still degenerate then is left as it is.
     """
 
-    def __init__(self, max_rounds: int = 4) -> None:
+    def __init__(self, max_rounds: AtLeast1 = 4) -> None:
         check_at_least("sampler.allocator.max_rounds", max_rounds, 1)
         self.max_rounds = max_rounds
         self._degenerate: set[str] = set()  # of the round seen last

@@ -9,6 +9,7 @@ import numpy as np
 from rlzoo.allocators.base import OneRound, round_to_total
 from rlzoo.errors import UserError
 from rlzoo.rewards.base import is_right
+from rlzoo.values import AtLeast0, AtLeast1, Positive
 
 
 def gvm_weights(
@@ -61,7 +62,11 @@ class GVM(OneRound):
     """
 
     def __init__(
-        self, alpha: float = 1e-3, beta: float = 2.0, n_min: int = 0, n_max: int | None = None
+        self,
+        alpha: Positive = 1e-3,
+        beta: float = 2.0,
+        n_min: AtLeast0 = 0,
+        n_max: AtLeast1 | None = None,
     ) -> None:
         if alpha <= 0:
             raise UserError(f"sampler.allocator.alpha must be above 0, got {alpha}.")

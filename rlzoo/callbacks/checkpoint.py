@@ -17,6 +17,7 @@ from rlzoo.checkpoints import FORMAT, saved_by
 from rlzoo.columns import AVG
 from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError, check_at_least
+from rlzoo.values import AtLeast0, AtLeast1, PathText, Text
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,10 @@ class Checkpoint(BoundaryCallback):
 
     def __init__(
         self,
-        run_dir: str,
-        every: int = 1,
-        monitor: str | None = "val/avg_at_8",
-        keep_best: int = 1,
+        run_dir: PathText,
+        every: AtLeast1 = 1,
+        monitor: Text | None = "val/avg_at_8",
+        keep_best: AtLeast0 = 1,
         asynchronous: bool = False,
     ) -> None:
         check_at_least("callbacks.checkpoint.every", every, 1)

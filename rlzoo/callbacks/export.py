@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlzoo.models.lora import lora_of, save_adapter
+from rlzoo.values import PathText
 
 
 class Export(Callback):
@@ -20,7 +21,7 @@ class Export(Callback):
         tokenizer: saved beside the weights.
     """
 
-    def __init__(self, run_dir: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, run_dir: PathText, tokenizer: PreTrainedTokenizerBase) -> None:
         self.folder, self.tokenizer = Path(run_dir) / "policy", tokenizer
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,6 +14,7 @@ from rlzoo.microbatching import Plan, collate
 from rlzoo.models.gather import gathered_in_place, through
 from rlzoo.selection import correct
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
+from rlzoo.values import AtLeast1, PathText
 
 
 class GVM(Replan):
@@ -31,7 +32,7 @@ class GVM(Replan):
         max_tokens: of one forward pass over pilots; bounds memory.
     """
 
-    def __init__(self, run_dir: str, pilots: int = 8, max_tokens: int = 16384) -> None:
+    def __init__(self, run_dir: PathText, pilots: AtLeast1 = 8, max_tokens: AtLeast1 = 16384) -> None:
         super().__init__(run_dir)
         if pilots < 1:
             raise UserError(f"sampler.callback.pilots must be at least 1, got {pilots}.")

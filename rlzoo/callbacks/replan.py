@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from rlzoo.distributed import world
 from rlzoo.types import Prompt
+from rlzoo.values import PathText
 
 
 class Replan(Callback):
@@ -20,7 +21,7 @@ class Replan(Callback):
         run_dir: where `budgets/epoch_NNNN.parquet` goes.
     """
 
-    def __init__(self, run_dir: str) -> None:
+    def __init__(self, run_dir: PathText) -> None:
         self.folder = Path(run_dir) / "budgets"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,6 +14,7 @@ from rlzoo.errors import UserError
 from rlzoo.loggers import CSVLogger
 from rlzoo.rewards.base import Verdict, is_right
 from rlzoo.types import Rollouts
+from rlzoo.values import AtLeast0, PathText
 
 
 class RolloutLog(BoundaryCallback):
@@ -24,7 +25,7 @@ class RolloutLog(BoundaryCallback):
         rollouts_every: rollout steps between two files of rollouts; 0 writes none.
     """
 
-    def __init__(self, run_dir: str, rollouts_every: int = 1) -> None:
+    def __init__(self, run_dir: PathText, rollouts_every: AtLeast0 = 1) -> None:
         if rollouts_every < 0:
             raise UserError(
                 f"callbacks.rollout_log.rollouts_every must be at least 0, got {rollouts_every}."

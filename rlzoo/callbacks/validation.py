@@ -5,6 +5,7 @@ from lightning import LightningModule, Trainer
 from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.errors import UserError
 from rlzoo.metrics import PassMetrics
+from rlzoo.values import AtLeast0
 
 
 class Validation(BoundaryCallback):
@@ -17,7 +18,7 @@ class Validation(BoundaryCallback):
         every: rollout steps between two validations; 0 validates before and after the run only.
     """
 
-    def __init__(self, every: int = 5) -> None:
+    def __init__(self, every: AtLeast0 = 5) -> None:
         if every < 0:
             raise UserError(f"val_every must be at least 0, got {every}.")
         self.every = every

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from lightning import LightningModule, Trainer
 
@@ -7,6 +9,7 @@ from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.engines.base import weights_checksum
 from rlzoo.engines.probe import HALF_GAP, in_half_precision, probe_sequences, trainer_scores
 from rlzoo.errors import check_choice
+from rlzoo.values import Positive
 
 STALE = (
     "After a weight sync the engine's weights differ from the trainer's: it would sample from another"
@@ -25,7 +28,11 @@ class WeightSync(BoundaryCallback):
             null is 1e-3 where both compute in float32, and 0.3 in half precision.
     """
 
-    def __init__(self, check: str = "first", probe_tolerance: float | None = None) -> None:
+    def __init__(
+        self,
+        check: Literal["first", "always", "never"] = "first",
+        probe_tolerance: Positive | None = None,
+    ) -> None:
         check_choice("callbacks.weight_sync.check", check, ("first", "always", "never"))
         self.check, self.probe_tolerance = check, probe_tolerance
 

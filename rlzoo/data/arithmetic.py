@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from rlzoo.data.templates import PromptTemplate
 from rlzoo.errors import UserError
 from rlzoo.types import Prompt
+from rlzoo.values import AtLeast1, Seed, Share
 
 LEVELS = (1, 2, 3, 4, 5)
 SPLITS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}  # hash buckets
@@ -247,10 +248,10 @@ class ArithmeticPrompts:
 
     def __init__(
         self,
-        num_train: int = 4096,
-        num_val: int = 256,
-        num_test: int = 512,
-        seed: int = 0,
+        num_train: AtLeast1 = 4096,
+        num_val: AtLeast1 = 256,
+        num_test: AtLeast1 = 512,
+        seed: Seed = 0,
         families: tuple[str, ...] = tuple(FAMILIES),
         levels: tuple[int, ...] = LEVELS,
         template: PromptTemplate | None = None,
@@ -312,12 +313,12 @@ class ArithmeticCorpus:
 
     def __init__(
         self,
-        num_examples: int = 200_000,
-        seed: int = 1,
-        hasty: tuple[float, float] = (0.1, 0.5),
-        guess_off: tuple[float, float] = (0.3, 0.95),
-        sloppy: float = 0.8,
-        slip_rate: tuple[float, float] = (0.15, 0.35),
+        num_examples: AtLeast1 = 200_000,
+        seed: Seed = 1,
+        hasty: tuple[Share, Share] = (0.1, 0.5),
+        guess_off: tuple[Share, Share] = (0.3, 0.95),
+        sloppy: Share = 0.8,
+        slip_rate: tuple[Share, Share] = (0.15, 0.35),
         families: tuple[str, ...] = tuple(FAMILIES),
     ) -> None:
         self.num_examples, self.seed = num_examples, seed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from rlzoo.progress import Bars
 from rlzoo.rewards.base import Reward
 from rlzoo.rng import derive_seed
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
+from rlzoo.values import AtLeast0, AtLeast1, PathText, Positive, Seed, ShareAbove0
 
 
 log = logging.getLogger(__name__)
@@ -70,19 +71,19 @@ class RolloutDataModule(RunDataModule):
         bars: Bars,
         limits: Limits,
         *,
-        seed: int = 0,
-        prompts_per_epoch: int = 128,
-        responses_per_prompt: int = 8,
-        responses_per_step: int = 256,
-        max_prompt_tokens: int = 256,
-        max_response_tokens: int = 128,
-        on_too_long: str = "error",
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        seed: Seed = 0,
+        prompts_per_epoch: AtLeast1 = 128,
+        responses_per_prompt: AtLeast1 = 8,
+        responses_per_step: AtLeast1 = 256,
+        max_prompt_tokens: AtLeast1 = 256,
+        max_response_tokens: AtLeast1 = 128,
+        on_too_long: Literal["error", "drop"] = "error",
+        temperature: Positive = 1.0,
+        top_p: ShareAbove0 = 1.0,
+        top_k: AtLeast0 = 0,
         allow_truncated_sampling: bool = False,
-        val_responses: int = 8,
-        replay: str | None = None,
+        val_responses: AtLeast1 = 8,
+        replay: PathText | None = None,
     ) -> None:
         super().__init__(bars, limits)
         sizes = {

@@ -20,6 +20,7 @@ from rlzoo.microbatching import Plan, collate
 from rlzoo.progress import Bars
 from rlzoo.rng import derive_seed
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
+from rlzoo.values import AtLeast1, PathText, Seed
 
 Pair = tuple[str, str] | tuple[Sequence[int], Sequence[int]]  # question and solution, or token ids
 
@@ -53,11 +54,11 @@ class SFTDataModule(RunDataModule):
         limits: Limits,
         *,
         corpus: Sequence[tuple[str, str]] | None = None,
-        rollouts: str | None = None,
-        batch_size: int = 128,
-        updates_per_step: int = 100,
-        max_prompt_tokens: int = 256,
-        seed: int = 0,
+        rollouts: PathText | None = None,
+        batch_size: AtLeast1 = 128,
+        updates_per_step: AtLeast1 = 100,
+        max_prompt_tokens: AtLeast1 = 256,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(bars, limits)
         for key, value in {"batch_size": batch_size, "updates_per_step": updates_per_step}.items():

@@ -22,6 +22,7 @@ from rlzoo.errors import UserError
 from rlzoo.models.lora import without_lora
 from rlzoo.rng import uniforms
 from rlzoo.types import PolicyFactory
+from rlzoo.values import AtLeast1, Device
 
 NEAR_TIE = 1e-5  # width, in probability, within which rounding may decide a token
 DROP_SHARE = 1 / 8  # share of finished rows at which the cache is compacted
@@ -58,8 +59,8 @@ class TransformersEngine:
         policy: PolicyFactory,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
-        max_rows: int = 512,
-        device: str = "auto",
+        max_rows: AtLeast1 = 512,
+        device: Device = "auto",
     ) -> None:
         if max_rows < 1:
             raise UserError(f"engine.max_rows must be at least 1, got {max_rows}.")

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from rlzoo.engines.isolation import isolated
 from rlzoo.engines.shapes import checked_weights, expected_shapes
 from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.models.policy import model_directory
+from rlzoo.values import AtLeast1, PathText, Positive, ShareAbove0, Text
 
 GIB = 2**30
 NOT_INSTALLED = (
@@ -62,23 +63,23 @@ class VLLMEngine:
 
     def __init__(
         self,
-        path: str,
+        path: PathText,
         eos_token_ids: Sequence[int],
         pad_token_id: int = 0,
         *,
-        max_prompt_tokens: int,
-        max_response_tokens: int,
-        dtype: str = "auto",
-        kv_cache_gb: float | None = None,
-        gpu_memory_share: float = 0.4,
-        max_num_seqs: int = 256,
-        tensor_parallel: int = 1,
-        sleep_level: int = 2,
+        max_prompt_tokens: AtLeast1,
+        max_response_tokens: AtLeast1,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        kv_cache_gb: Positive | None = None,
+        gpu_memory_share: ShareAbove0 = 0.4,
+        max_num_seqs: AtLeast1 = 256,
+        tensor_parallel: AtLeast1 = 1,
+        sleep_level: Literal[0, 1, 2] = 2,
         enforce_eager: bool = False,
-        kv_cache_dtype: str = "auto",
+        kv_cache_dtype: Text = "auto",
         chunked_prefill: bool = True,
         trust_remote_code: bool = False,
-        log_file: str = "vllm.log",
+        log_file: PathText = "vllm.log",
         options: dict[str, Any] | None = None,
     ) -> None:
         check_choice("engine.dtype", dtype, ("auto", "float32", "bfloat16", "float16"))

@@ -15,7 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +28,7 @@ from rlzoo.engines.shapes import checked_weights, expected_shapes
 from rlzoo.engines.weight_transfer import NcclTransfer, Replica, ask_replica, choose_transfer
 from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.models.policy import model_directory
+from rlzoo.values import AtLeast1, PathText, Positive, Text
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +73,19 @@ class VLLMServerEngine:
 
     def __init__(
         self,
-        path: str,
+        path: PathText,
         eos_token_ids: Sequence[int],
         pad_token_id: int = 0,
         *,
-        addresses: Sequence[str],
-        max_prompt_tokens: int,
-        max_response_tokens: int,
-        transfer: str = "auto",
-        folder: str = "/dev/shm",
-        concurrency: int = 128,
-        timeout: float = 600.0,
+        addresses: Sequence[Text],
+        max_prompt_tokens: AtLeast1,
+        max_response_tokens: AtLeast1,
+        transfer: Literal["auto", "folder", "nccl"] = "auto",
+        folder: PathText = "/dev/shm",
+        concurrency: AtLeast1 = 128,
+        timeout: Positive = 600.0,
         trust_remote_code: bool = False,
-        log_file: str = "vllm.log",
+        log_file: PathText = "vllm.log",
     ) -> None:
         check_choice("engine.transfer", transfer, ("auto", "folder", "nccl"))
         if not addresses:

@@ -29,6 +29,7 @@ from rlzoo.rewards.base import Scores, Verdict
 from rlzoo.rewards.math import boxed_answer
 from rlzoo.rewards.worker import PID_BYTES
 from rlzoo.types import Prompt
+from rlzoo.values import AtLeast1, Positive
 
 _START_SECONDS = 120.0  # imports take one second; a cold disk on a busy machine, many
 _BATCH = 16  # answers sent at once; a message costs about as much as the shortest answer
@@ -293,11 +294,11 @@ class MathReward:
     def __init__(
         self,
         *,
-        num_workers: int = 2,
-        seconds_per_answer: float = 2.0,
-        memory_mb: int = 1024,
-        max_answer_chars: int = 20_000,
-        recycle_after: int = 20_000,
+        num_workers: AtLeast1 = 2,
+        seconds_per_answer: Positive = 2.0,
+        memory_mb: AtLeast1 = 1024,
+        max_answer_chars: AtLeast1 = 20_000,
+        recycle_after: AtLeast1 = 20_000,
         truncated_is_wrong: bool = False,
     ) -> None:
         self.pool = VerifierPool(

@@ -6,13 +6,15 @@ from datetime import timedelta
 
 from lightning.pytorch.strategies import DDPStrategy
 
+from rlzoo.values import Positive
+
 
 def auto() -> str:
     """Lightning's choice: one process needs no strategy, several get DDP."""
     return "auto"
 
 
-def ddp(timeout: float = 1800.0) -> DDPStrategy:
+def ddp(timeout: Positive = 1800.0) -> DDPStrategy:
     """Every process holds the whole policy; gradients are averaged.
 
     Args:

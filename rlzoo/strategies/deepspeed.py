@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from rlzoo.algos.optimization import clip_limit
 from rlzoo.errors import UserError, check_choice
+from rlzoo.values import AtLeast0, Positive
 
 
 class DeepSpeed(DeepSpeedStrategy):
@@ -45,10 +46,10 @@ class DeepSpeed(DeepSpeedStrategy):
 
     def __init__(
         self,
-        stage: int = 2,
+        stage: Literal[1, 2, 3] = 2,
         offload: bool = False,
-        persistence_threshold: int = 100_000,
-        timeout: float = 1800.0,
+        persistence_threshold: AtLeast0 = 100_000,
+        timeout: Positive = 1800.0,
         options: dict[str, Any] | None = None,
     ) -> None:
         check_choice("strategy.stage", stage, (1, 2, 3))

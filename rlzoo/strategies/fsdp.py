@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from rlzoo.values import Positive
+
 
 class FSDP(ModelParallelStrategy):
     """Every process holds a part of weights, gradients and optimizer states (arXiv:2304.11277).
@@ -23,7 +25,7 @@ class FSDP(ModelParallelStrategy):
         timeout: seconds that a process waits for the others in one exchange.
     """
 
-    def __init__(self, timeout: float = 1800.0) -> None:
+    def __init__(self, timeout: Positive = 1800.0) -> None:
         super().__init__(tensor_parallel_size=1, timeout=timedelta(seconds=timeout))
 
     def setup_environment(self) -> None:

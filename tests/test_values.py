@@ -1,0 +1,163 @@
+"""Values that are no values, and settings that nothing takes, are refused before anything is built."""
+
+import contextlib
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import DictConfig
+
+from rlzoo.configuration import check_overrides, conf_dir
+from rlzoo.progress import Bars
+from rlzoo.run import explain
+from rlzoo.schema import check_settings
+from rlzoo.training import build
+from tests import warm
+
+
+def compose(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        return hydra.compose("train", overrides=["run_dir=unused", *overrides])
+
+
+def refusal(*overrides: str) -> str:
+    """What a run says of these overrides before anything is built; a stack trace is none."""
+    cfg = None
+    try:
+        check_overrides(overrides)
+        cfg = compose(*overrides)
+        parts = build(cfg, Bars(enabled=False))
+    except Exception as error:
+        message = explain(error, cfg)
+        assert message is not None, f"not explained: {error!r}"
+        return " ".join(message.split())
+    with contextlib.suppress(AttributeError):
+        parts["datamodule"].teardown("fit")
+    raise AssertionError(f"{overrides} were accepted")
+
+
+NO_VALUES = {
+    # overrides: what the message says
+    "datamodule.temperature=nan": "datamodule.temperature must be a number, above 0, got nan",
+    "datamodule.temperature=inf": "datamodule.temperature must be a number, above 0, got inf",
+    "datamodule.temperature=0": "datamodule.temperature must be a number, above 0, got 0",
+    "seed=abc": "seed must be a whole number, at least 0, below 4,294,967,296, got 'abc'",
+    "seed=1.5": "seed must be a whole number, at least 0",
+    "seed=1180591620717411303424": "below 4,294,967,296",
+    "seed=null": "got null",
+    "seed='1 2'": "seed must be a whole number",
+    "seed={a:1}": "seed must be a whole number",
+    "lr=-1": "lr must be a number, at least 0, got -1",
+    "lr=inf": "lr must be a number, at least 0, got inf",
+    "lr='1e-6'": "Write 1e-06, without quotes",
+    "algo.optimizer.lr=nan": "algo.optimizer.lr must be a number",
+    "val_every=2.5": "val_every must be a whole number, at least 0, got 2.5",
+    "algo.updates=1.5": "algo.updates must be a whole number, at least 1, got 1.5",
+    "algo.updates=true": "algo.updates must be a whole number, at least 1, got true",
+    "algo.clip_low=nan": "algo.clip_low must be a number or null, got nan",
+    "algo.max_logprob_gap=nan": "algo.max_logprob_gap must be a number, above 0",
+    "algo.max_skipped_updates=-1": "algo.max_skipped_updates must be a whole number, at least 0",
+    "algo.scheduler.num_warmup_steps=-1": "algo.scheduler.num_warmup_steps must be a whole number",
+    "algo=sft": "limits.max_updates must be a whole number",
+    "limits.max_responses=many": "limits.max_responses must be a whole number, at least 1, or null",
+    "limits.max_responses=1e3": "Write 1000",
+    "limits.max_seconds=nan": "limits.max_seconds must be a number, above 0",
+    "num_threads=two": "num_threads must be a whole number, at least 1",
+    "num_threads=100000": "at most 4,096",
+    "debug=maybe": "debug must be true or false, got 'maybe'",
+    "doctor=yes": "Write true, without quotes",
+    "resume=fresh": "resume must be one of 'exact', 'weights', got 'fresh'",
+    "trainer.devices='2'": "trainer.devices must be a whole number",
+    "trainer.gradient_clip_val=nan": "trainer.gradient_clip_val must be a number",
+    "engine=transformers engine.max_rows=1e3": "engine.max_rows must be a whole number",
+    "engine=transformers engine.device=banana": "engine.device",
+    "engine.transformers.max_rows=0": "engine.transformers.max_rows must be a whole number",
+    "engine=vllm engine.sleep_level=3": "engine.sleep_level must be one of 0, 1, 2, got 3",
+    "engine=vllm engine.log_file=5": "engine.log_file must be text",
+    "data.families=sums": "Write [sums]",
+    "data.levels=[1,2.5]": "data.levels must be a list, each a whole number",
+    "data.template=bare": "data.template must be a mapping with a _target_",
+    "data.template.user_suffix=3": "data.template.user_suffix must be text, got 3",
+    "algo.optimizer.betas=[0.9]": "algo.optimizer.betas must be a list of 2",
+    "algo.optimizer.betas=[0.9,1.5]": "below 1",
+    "callbacks.checkpoint.every=no": "callbacks.checkpoint.every must be a whole number",
+    "callbacks.checkpoint=often": "callbacks.checkpoint must be a mapping with a _target_",
+    "callbacks.weight_sync.probe_tolerance=-1": "callbacks.weight_sync.probe_tolerance",
+    "callbacks.rank_watch.patience=nan": "callbacks.rank_watch.patience must be a number",
+    "model.gradient_checkpointing='yes please'": "model.gradient_checkpointing must be true or false",
+    "model.path=5": "model.path must be text",
+    "sampler=gvm sampler.callback.pilots=0": "sampler.callback.pilots must be a whole number",
+    "sampler=gvm sampler.allocator.alpha=inf": "sampler.allocator.alpha must be a number, above 0",
+    "strategy=ddp strategy.timeout=-1": "strategy.timeout must be a number, above 0, got -1",
+    "strategy=deepspeed_zero2 strategy.stage=4": "strategy.stage must be one of 1, 2, 3, got 4",
+    "reward.num_workers=1.5": "reward.num_workers must be a whole number",
+    "reward.truncated_is_wrong=1": "reward.truncated_is_wrong must be true or false",
+    "init_from=''": "init_from must be text, not empty, or null",
+    "run_dir=": "run_dir must be text, not empty",
+}
+
+
+@pytest.mark.parametrize(("overrides", "words"), NO_VALUES.items(), ids=NO_VALUES)
+def test_a_value_that_is_none_is_refused_with_key_value_and_mend(overrides, words):
+    assert words in refusal(*split(overrides))
+
+
+def split(overrides: str) -> list[str]:
+    """At spaces that are not inside quotes."""
+    parts = overrides.split(" ")
+    return [overrides] if "'" in overrides and overrides.count("=") == 1 else parts
+
+
+MISFITS = {
+    "+foo=1": "foo is no setting that anything reads",
+    "+sed=1": "Did you mean seed?",
+    "+limits.max_response=1": "Did you mean limits.max_responses?",
+    "+algo.clip_lo=0.1": "algo.clip_lo is nothing that GRPO takes. Did you mean algo.clip_low",
+    "+callbacks.foo=3": "callbacks.foo must be a mapping with a _target_, got 3",
+    "+sampler.foo=3": "sampler.foo is no part of a sampler",
+    "~data": "data",
+    "~val_every": "val_every is missing",
+    "model=hf": "model.path must be given: model.path=VALUE",
+    "algo.optimizer._target_=torch.optim.SGDD": "algo.optimizer._target_=torch.optim.SGDD",
+    "algo.optimizer._target_=torch.optim.SGD": "algo.optimizer.betas is nothing that SGD takes",
+    "algo.optimizer=adam": "algo.optimizer must be a mapping with a _target_",
+    "algo.optimizer._partial_=false": "algo.optimizer needs _partial_: true",
+    "~algo.scheduler.num_warmup_steps": "algo.scheduler cannot be built",
+    "algo.scheduler._target_=transformers.get_linear_schedule_with_warmup": "num_training_steps",
+    "val_every='${datamodule.nothing}'": "val_every=${datamodule.nothing} cannot be resolved",
+    "logger=null": "logger",
+}
+
+
+@pytest.mark.parametrize(("override", "words"), MISFITS.items(), ids=MISFITS)
+def test_a_setting_that_nothing_takes_is_refused_with_its_key(override, words):
+    assert words in refusal(override)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["datamodule.temperature=1", "val_every=0", "limits=null"],
+        ["~limits", "algo.scheduler=null"],
+        ["algo.optimizer._target_=torch.optim.SGD", "~algo.optimizer.betas"],
+        ["+mine=0.5", "datamodule.temperature='${mine}'"],
+        ["logger=none", "callbacks.validation=null", "~callbacks.rank_watch"],
+        ["+callbacks.mine={_target_: tests.test_values.Mine, anything: [1, x]}"],
+    ],
+)
+def test_what_is_meant_so_passes(overrides):
+    check_settings(compose(*overrides))
+
+
+class Mine:
+    """Of a user, without annotations."""
+
+    def __init__(self, anything=None, *rest, **more):
+        self.anything = anything
+
+
+def test_a_run_tells_all_problems_at_once_and_touches_nothing(tmp_path: Path):
+    message = warm.refused(tmp_path / "run", "seed=abc", "val_every=2.5", "+foo=1")
+    for key in ("seed", "val_every", "foo"):
+        assert f"{key} " in message
+    assert not (tmp_path / "run" / "config.yaml").exists()
