@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rlzoo.algos.scoring import chunked
 from rlzoo.callbacks.replan import Replan
+from rlzoo.callbacks.weight_sync import WeightSync
 from rlzoo.distributed import all_gather, world
 from rlzoo.errors import UserError
 from rlzoo.gradnorms import head_gradient_norm
@@ -26,6 +27,9 @@ class GVM(Replan):
     discarded. Departs from released code: G_i is the norm at the output head, in closed form, not
     at the input embedding by a backward pass.
 
+    The engine sleeps while norms are computed, which take the room of logits on the same device; if
+    it had any memory to give back, it is given the weights again before the epoch's first draw.
+
     Args:
         run_dir: see Replan.
         pilots: responses per prompt, N' in the paper.
@@ -43,31 +47,48 @@ class GVM(Replan):
     ) -> dict[str, list[float]]:
         data = trainer.datamodule
         rollouts = data.drawer.draw(prompts, [self.pilots] * len(prompts), "pilot", data.rollout_step)
+        data.engine.sleep()
+        with data.ledger.phase("planning"):
+            accept_rates, mean_norms = self.learn(trainer, pl_module, rollouts, prompts)
+        del rollouts
+        if getattr(data.engine, "asleep", True):  # an engine that does not say so is woken anyway
+            weights = next(c for c in trainer.callbacks if isinstance(c, WeightSync))
+            weights.sync(trainer, pl_module, check=False)
+        data.row["pilot/accept_rate"] = sum(accept_rates) / len(accept_rates)
+        return {"accept_rate": accept_rates, "grad_norm": mean_norms}
+
+    def learn(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        rollouts: Rollouts,
+        prompts: list[Prompt],
+    ) -> tuple[list[float], list[float]]:
+        """Tells the allocator of the pilots; acceptance rate and mean norm of each prompt."""
+        data, sizes = trainer.datamodule, [self.pilots] * len(prompts)
         accepted = correct(rollouts.rewards)
-        with data.ledger.phase("planning"), trainer.precision_plugin.forward_context():
+        hits = accepted.float().split(sizes)
+        indices = accepted.nonzero()[:, 0]
+        with trainer.precision_plugin.forward_context():  # as in training
             norms = gradient_norms(
                 pl_module.policy,
                 rollouts,
-                accepted.nonzero()[:, 0].tolist(),
+                indices.tolist(),
                 temperature=data.drawer.params.temperature,
                 max_tokens=self.max_tokens,
             )
-            sizes = [self.pilots] * len(prompts)
-            hits = accepted.float().split(sizes)
-            sums = torch.zeros(len(rollouts)).index_add(0, accepted.nonzero()[:, 0], norms)
-            mean_norms = [
-                float(total.sum() / max(1.0, float(hit.sum())))
-                for total, hit in zip(sums.split(sizes), hits, strict=True)
-            ]
-            data.allocator.observe(
-                [prompt.id for prompt in prompts],
-                [hit.tolist() for hit in hits],
-                [length.tolist() for length in rollouts.lengths.split(sizes)],
-                mean_norms,
-            )
-        accept_rates = [float(hit.mean()) for hit in hits]
-        data.row["pilot/accept_rate"] = sum(accept_rates) / len(accept_rates)
-        return {"accept_rate": accept_rates, "grad_norm": mean_norms}
+        sums = torch.zeros(len(rollouts)).index_add(0, indices, norms)
+        mean_norms = [
+            float(total.sum() / max(1.0, float(hit.sum())))
+            for total, hit in zip(sums.split(sizes), hits, strict=True)
+        ]
+        data.allocator.observe(
+            [prompt.id for prompt in prompts],
+            [hit.tolist() for hit in hits],
+            [length.tolist() for length in rollouts.lengths.split(sizes)],
+            mean_norms,
+        )
+        return [float(hit.mean()) for hit in hits], mean_norms
 
 
 @torch.no_grad()
@@ -93,7 +114,7 @@ def gradient_norms(
         norms = through(policy, head_norms, policy, batch, temperature)
         mine |= dict(zip(chunk, norms.tolist(), strict=False))  # an empty chunk has one blank row
     found = {i: norm for part in all_gather(mine) for i, norm in part.items()}
-    return torch.tensor([found[i] for i in indices])
+    return torch.tensor([found[i] for i in indices], dtype=torch.float32)
 
 
 def head_norms(policy: torch.nn.Module, batch: RolloutBatch, temperature: float) -> Tensor:
@@ -103,10 +124,10 @@ def head_norms(policy: torch.nn.Module, batch: RolloutBatch, temperature: float)
     tokens = batch.response_ids[batch.response_mask].split(lengths)
     hidden = response_hidden(policy, batch).split(lengths)
     with gathered_in_place(head.parameters()):
-        bias = getattr(head, "bias", None)
+        weight, bias = head.weight.float(), getattr(head, "bias", None)  # cast once for all rows
         return torch.stack(
             [
-                head_gradient_norm(h, head.weight, t, temperature, bias)
+                head_gradient_norm(h, weight, t, temperature, bias)
                 for h, t in zip(hidden, tokens, strict=True)
             ]
         )

@@ -43,6 +43,7 @@ class Engine(Protocol):
 
     version: int  # policy version of the weights held; -1 before the first load
     dtype: str  # what it computes in: float32, bfloat16, float16
+    asleep: bool  # whether `sleep` gave memory back that `load_weights` must take again
 
     def generate(
         self,

@@ -70,7 +70,7 @@ class TransformersEngine:
         self.model = without_lora(policy)().to(self.device).eval().requires_grad_(False)
         self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
         self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        self.version = -1
+        self.version, self.asleep = -1, False
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         own = dict(self.model.named_parameters())
@@ -89,9 +89,11 @@ class TransformersEngine:
     def sleep(self) -> None:
         if self.device.type != "cpu":
             self.model.to("cpu")
+            self.asleep = True
 
     def wake(self) -> None:
         self.model.to(self.device)
+        self.asleep = False
 
     def state_dict(self) -> dict:
         return {}  # weights come with the first sync, noise is counter-based
