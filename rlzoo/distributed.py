@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+_talk: tuple[ProcessGroup, ProcessGroup] | None = None  # the world, and the group that talks for it
 
 
 def world() -> tuple[int, int]:
@@ -15,10 +18,28 @@ def world() -> tuple[int, int]:
 
 
 def all_gather(item: Any) -> list[Any]:
-    """Every rank's item, in order of rank; collective."""
+    """Every rank's item, in order of rank; collective.
+
+    Items are pickled and travel over gloo, in host memory, whatever the strategy's group uses.
+    """
     _, size = world()
     if size == 1:
         return [item]
     items = [None] * size
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=talking_group())
     return items
+
+
+def talking_group() -> ProcessGroup:
+    """A gloo group of all ranks, made at the first call; collective then."""
+    global _talk
+    whole = dist.group.WORLD
+    if _talk is None or _talk[0] is not whole:  # a process group that was ended and begun anew
+        _talk = (whole, whole if dist.get_backend() == "gloo" else new_gloo_group(whole))
+    return _talk[1]
+
+
+def new_gloo_group(whole: ProcessGroup) -> ProcessGroup:
+    """With the time-out of the group that it stands beside: `strategy.timeout`."""
+    timeout = whole._get_backend(whole._device_types[0]).options._timeout  # no public place has it
+    return dist.new_group(backend="gloo", timeout=timeout)
