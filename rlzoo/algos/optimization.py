@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from rlzoo.errors import UserError
 from rlzoo.models.gather import load_whole, whole
 from rlzoo.models.lora import is_adapter, lora_of, whole_weights_of
+from rlzoo.models.precision import float_buffers, put_back
 from rlzoo.rng import derive_seed
 from rlzoo.types import OptimizerFactory, PolicyFactory
 
@@ -39,6 +40,7 @@ class OptimizationModule(lightning.LightningModule):
         self.policy_factory, self.optimizer_factory = policy, optimizer
         self.scheduler_factory, self.max_skipped_updates = scheduler, max_skipped_updates
         self.policy: nn.Module | None = None
+        self.kept_buffers: dict[str, Tensor] = {}  # as they were before a strategy converted them
         self.divisor = 1.0  # of the optimizer step in progress; 0: nothing trains
         self.grad_norms: list[dict[str, float]] = []  # by parameter group, before clipping
         self.skipped: str | None = None  # why the last update was skipped
@@ -48,8 +50,12 @@ class OptimizationModule(lightning.LightningModule):
     def configure_model(self) -> None:
         if self.policy is None:
             self.build_models()
+            self.kept_buffers = float_buffers(self)
             if self.restored_weights is not None:
                 load_whole(self, self.restored_weights())
+
+    def on_fit_start(self) -> None:
+        put_back(self, self.kept_buffers)
 
     def build_models(self) -> None:
         """Builds every network, where a strategy can shard it."""

@@ -18,6 +18,7 @@ from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import Plan, collate
 from rlzoo.models.gather import through
 from rlzoo.models.lora import adapters_off, lora_of
+from rlzoo.models.precision import as_trained
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
 
@@ -181,7 +182,8 @@ class ScoringModule(OptimizationModule):
     def build_models(self) -> None:
         super().build_models()
         if self.needs_reference and lora_of(self.policy) is None:
-            self._reference = [self.policy_factory().eval().requires_grad_(False)]
+            reference = self.policy_factory().eval().requires_grad_(False)
+            self._reference = [as_trained(reference, self._trainer)]
 
     def reference_policy(self) -> AbstractContextManager[nn.Module]:
         """The initial policy, for as long as the context lasts."""
@@ -193,6 +195,7 @@ class ScoringModule(OptimizationModule):
         return self._reference
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         for model in self.side_models:
             model.to(self.device)
 

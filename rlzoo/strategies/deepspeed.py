@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+from lightning import Trainer
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
@@ -23,6 +24,8 @@ from torch.optim import Optimizer
 from rlzoo.algos.optimization import clip_limit
 from rlzoo.errors import UserError, check_choice
 from rlzoo.values import AtLeast0, Positive
+
+log = logging.getLogger(__name__)
 
 
 class DeepSpeed(DeepSpeedStrategy):
@@ -68,6 +71,8 @@ class DeepSpeed(DeepSpeedStrategy):
             "gradient_clipping": 0.0,  # `group_updates` clips
             "steps_per_print": None,
         }
+        if stage > 1:  # in stage 1 it selects another optimizer, which `group_updates` does not know
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
         super().__init__(config=config, timeout=timedelta(seconds=timeout))
         self.stage = stage
         self._side_engines: list[Any] = []
@@ -149,6 +154,17 @@ class DeepSpeed(DeepSpeedStrategy):
             self._side_engines.append(engine.eval())
 
     # --- updates ----------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        half = str(trainer.precision).startswith(("bf16", "16"))
+        if self.stage == 1 and half and trainer.accumulate_grad_batches > 1:
+            log.warning(
+                "strategy=deepspeed_zero1 adds the gradients of"
+                f" trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} microbatches up"
+                " in half precision, where small ones are lost. Take strategy=deepspeed_zero2, which"
+                " adds them up in float32."
+            )
+        super().setup(trainer)
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning has divided by the accumulation count; DeepSpeed would do so once more."""

@@ -53,6 +53,8 @@ class Case:
     updates: int = 1
     checkpointing: bool = False  # recomputes activations in the backward pass
     decay: bool = False  # momentum and weight decay, which move weights without a gradient too
+    precision: str = "32-true"
+    lopsided: bool = False  # all microbatches but the first are a 600th of it, lost in a sum of bfloat16
 
     @property
     def name(self) -> str:
@@ -73,6 +75,11 @@ CASES = [Case("grpo", accumulate=k) for k in (1, 2, 4)] + [
     Case("raft", changes=(("rejected", "drop"),), rights=0, decay=True),  # nothing to learn from
     Case("grpo", poison=True, decay=True, updates=2),  # the first update is skipped
 ]
+
+
+# 31 / 600 of the gradient are in microbatches that bfloat16 loses one by one.
+HALF = Case("grpo", 32, (("kl_coef", 0.2),), precision="bf16-mixed", lopsided=True)
+FACTOR = 1 / 600
 
 
 class Stock(DeepSpeed):
@@ -108,6 +115,9 @@ class OneStep(lightning.LightningDataModule):
         if self.case.poison:
             for batch in batches[: self.case.accumulate]:
                 batch.advantages = batch.advantages * float("nan")
+        if self.case.lopsided:
+            small = batches[0].replaced(advantages=FACTOR * batches[0].advantages)
+            batches = [batches[0], *[small] * (len(batches) - 1)]
         yield from batches
 
 
@@ -137,12 +147,18 @@ def made(case: Case, folder: Path) -> PolicyAlgorithm:
 
 def one_step(case: Case, strategy: object, devices: int, folder: Path) -> dict[str, Tensor]:
     """The weights after the case's updates, whole, and what else must agree over strategies."""
+    return fit(case, strategy, devices, folder).callbacks[0].found
+
+
+def fit(case: Case, strategy: object, devices: int, folder: Path) -> lightning.Trainer:
+    """A Trainer that has made the case's updates."""
     torch.manual_seed(0)  # a run's seed, which adapters start from
     algo, data = made(case, folder), OneStep(case)
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
+        precision=case.precision,
         max_epochs=1,
         accumulate_grad_batches=case.accumulate,
         gradient_clip_val=case.clip,
@@ -154,7 +170,7 @@ def one_step(case: Case, strategy: object, devices: int, folder: Path) -> dict[s
         callbacks=[Last()],
     )
     trainer.fit(algo, datamodule=data)
-    return trainer.callbacks[0].found
+    return trainer
 
 
 class Last(lightning.Callback):
@@ -174,6 +190,7 @@ class Last(lightning.Callback):
             "grad_norms": torch.tensor([grads.get(k, 0.0) for k in ("policy", "critic")]),
             "counts": torch.tensor([data.ledger.counts[k] for k in COUNTED]),
             "checksum": torch.tensor(weights_checksum(algo.named_weights())),
+            "ref_kl": torch.tensor(float(algo.means.compute().get("ref_kl", 0.0))),
         }
 
 
@@ -197,6 +214,9 @@ def main(folder: Path, rank: int, world_size: int, port: int) -> None:
         found = {case.name: one_step(case, make(), world_size, folder) for case in CASES}
         if rank == 0:
             torch.save(found, folder / f"{name}.pt")
+        found = one_step(HALF, make(), world_size, folder)
+        if rank == 0:
+            torch.save(found, folder / f"{name}_half.pt")
     stock = one_step(DOUBLE_DIVISION, Stock(stage=2), world_size, folder)
     if rank == 0:
         torch.save(stock, folder / "stock.pt")

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from tests.conftest import make_tiny_model
-from tests.strategies.steps import CASES, DOUBLE_DIVISION, STRATEGIES, Case, one_step, policy_folder
+from tests.strategies.steps import (
+    CASES,
+    DOUBLE_DIVISION,
+    FACTOR,
+    STRATEGIES,
+    Case,
+    one_step,
+    policy_folder,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +90,30 @@ def test_gradient_norms_and_weights_are_read_whole_from_shards(strategy, folder,
         found, expected = torch.load(folder / f"{strategy}.pt")[case.name], alone[case.name]
         torch.testing.assert_close(found["head_norms"], expected["head_norms"], rtol=1e-4, atol=1e-5)
         assert list(found) == list(expected)
+
+
+def half(folder: Path, strategy: str) -> dict[str, Tensor]:
+    return torch.load(folder / f"{strategy}_half.pt")
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("ddp", "zero1")])
+def test_microbatches_are_added_up_in_float32_in_half_precision_too(strategy, folder):
+    found, expected = (half(folder, name)["grad_norms"][0] for name in (strategy, "ddp"))
+    assert float(found / expected) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.deepspeed
+def test_zero1_adds_microbatches_up_in_bfloat16_which_it_says(folder):
+    lost = 31 * FACTOR / (1 + 31 * FACTOR)
+    found, expected = (half(folder, name)["grad_norms"][0] for name in ("zero1", "ddp"))
+    assert float(found / expected) == pytest.approx(1 - lost, abs=0.02)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_reference_says_of_the_same_weights_what_the_policy_says(strategy, folder):
+    assert half(folder, strategy)["ref_kl"] < 1e-7  # k3 of a gap of rounding alone, squared
 
 
 @pytest.mark.deepspeed
