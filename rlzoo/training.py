@@ -197,6 +197,8 @@ def set_up_process(cfg: DictConfig) -> None:
         raise UserError(f"seed must be at least 0, got {cfg.seed}.")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns wherever it is imported
+    # Or trainer.deterministic fills every new tensor with NaN, here and inside a vLLM engine.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     keep_freed_memory()
     lightning.seed_everything(cfg.seed, verbose=False)
 
