@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,18 @@ from rlzoo.models.lora import merged
 FORMAT = 2  # of the checkpoint; raised when old ones can no longer be resumed
 DEEPSPEED_TAG = "checkpoint"  # Lightning's name for the folder of DeepSpeed's shards
 FSDP_META = "meta.pt"  # Lightning's name for what is not sharded
+_DCP = "torch.distributed.checkpoint"
+FSDP_NAMES = {  # what the `.metadata` of FSDP's shards may name; they hold names and numbers alone
+    "pathlib": ("PosixPath",),
+    "collections": ("OrderedDict",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    f"{_DCP}.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    f"{_DCP}.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+        *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+}
 
 
 def kind_of(path: Path) -> str:
@@ -39,7 +52,8 @@ def is_checkpoint(path: Path) -> bool:
 def read_state(path: Path) -> dict[str, Any]:
     """All that is not sharded: counts, positions, the callbacks' states; in a file, weights too.
 
-    Nothing in the checkpoint is run: every part is read with torch's `weights_only`.
+    Nothing in the checkpoint is run, neither here nor by whoever reads it after this: every part is
+    read with torch's `weights_only`, or by its rules.
     """
     kind = kind_of(path)
     if kind == "deepspeed":
@@ -49,6 +63,8 @@ def read_state(path: Path) -> dict[str, Any]:
             if "module" in state:
                 found = state
         return found
+    if kind == "fsdp":
+        check_shards(path)
     return load_safely(path if kind == "file" else path / FSDP_META)
 
 
@@ -66,6 +82,35 @@ def harmless_globals() -> list[Any]:
     except ImportError:
         return []
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+class Harmless(pickle.Unpickler):
+    """Reads FSDP's `.metadata`, of which torch itself would run whatever is in it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name in FSDP_NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is nothing that FSDP's shards name")
+
+
+def check_shards(path: Path) -> None:
+    """Reads all of an FSDP folder that is neither a tensor nor read with `weights_only` by torch.
+
+    Raises:
+        pickle.UnpicklingError: something in it would be run.
+    """
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    for file in path.glob("*.metadata"):
+        with file.open("rb") as stream:
+            metadata = Harmless(stream).load()
+        for index, place in metadata.storage_data.items():
+            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+                with (path / place.relative_path).open("rb") as shard:
+                    shard.seek(place.offset)
+                    torch.load(io.BytesIO(shard.read(place.length)), weights_only=True)
 
 
 def whole_weights(path: Path) -> dict[str, Tensor]:
@@ -89,6 +134,7 @@ def whole_weights(path: Path) -> dict[str, Tensor]:
         with redirect_stdout(io.StringIO()):  # what it prints is its own progress
             found = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=DEEPSPEED_TAG)
         return {name: tensor.clone() for name, tensor in found.items()}
+    read_state(path)
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
     return _load_distributed_checkpoint(path)["state_dict"]
