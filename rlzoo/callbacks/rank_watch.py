@@ -4,7 +4,6 @@ import contextlib
 import os
 import select
 import socket
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -15,6 +14,7 @@ from torch.distributed import TCPStore
 
 from rlzoo.callbacks.preemption import Preempted
 from rlzoo.distributed import all_gather, world
+from rlzoo.engines import isolation
 from rlzoo.errors import UserError, check_at_least
 
 BEAT = 1.0  # seconds between two signs of life
@@ -170,4 +170,4 @@ def open_neighbours(rank: int, places: list[tuple[str, int]]) -> dict[int, int]:
 
 
 def say(message: str) -> None:
-    print(f"rlzoo: {message}", file=sys.stderr, flush=True)
+    isolation.say(f"rlzoo: {message}")  # also while vLLM starts, whose words go to its log

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,14 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 
+_speaking = threading.Lock()
+_terminal: int | None = None  # a copy of the process's own standard error, while it is redirected
+
+
 @contextmanager
 def isolated(log_file: Path, keep: str) -> Iterator[None]:
-    """Undoes, at the end, changes to random states, threads, affinity and the environment; what is
-    printed meanwhile, by native code too, goes to `log_file`.
+    """Undoes, at the end, changes to random states, threads, affinity, the precision of matrix
+    products and the environment; what is printed meanwhile, by native code too, goes to `log_file`.
 
     Args:
         log_file: appended to.
@@ -23,7 +28,7 @@ def isolated(log_file: Path, keep: str) -> Iterator[None]:
     """
     environment = dict(os.environ)
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    cores = os.sched_getaffinity(0)
+    cores, precision = os.sched_getaffinity(0), torch.get_float32_matmul_precision()
     try:
         with isolate_rng(), redirected(log_file):
             yield
@@ -33,6 +38,7 @@ def isolated(log_file: Path, keep: str) -> Iterator[None]:
         os.environ.update(environment | kept)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
         for task in os.listdir("/proc/self/task"):
             try:
                 os.sched_setaffinity(int(task), cores)
@@ -42,7 +48,11 @@ def isolated(log_file: Path, keep: str) -> Iterator[None]:
 
 @contextmanager
 def redirected(log_file: Path) -> Iterator[None]:
-    """Sends what is written to the process's standard output and error to a file."""
+    """Sends what is written to the process's standard output and error to a file.
+
+    `say` still speaks to the terminal.
+    """
+    global _terminal
     log_file.parent.mkdir(parents=True, exist_ok=True)
     streams = (sys.stdout, sys.stderr)
     copies = [os.dup(number) for number in (1, 2)]
@@ -52,10 +62,22 @@ def redirected(log_file: Path) -> Iterator[None]:
                 stream.flush()
             for number in (1, 2):
                 os.dup2(file.fileno(), number)
+            outer, _terminal = _terminal, copies[1] if _terminal is None else _terminal
             yield
         finally:
             for stream in streams:
                 stream.flush()
-            for number, copy in zip((1, 2), copies, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
+            with _speaking:
+                _terminal = outer
+                for number, copy in zip((1, 2), copies, strict=True):
+                    os.dup2(copy, number)
+                    os.close(copy)
+
+
+def say(text: str) -> None:
+    """Prints a line to the process's own standard error, from any thread, redirected or not."""
+    with _speaking:
+        if _terminal is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            os.write(_terminal, f"{text}\n".encode())

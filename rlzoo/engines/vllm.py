@@ -24,6 +24,7 @@ from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version
 from rlzoo.engines.isolation import isolated
 from rlzoo.engines.shapes import checked_weights, expected_shapes
+from rlzoo.engines.vllm_options import check_joined, check_options
 from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.models.policy import model_directory
 from rlzoo.values import AtLeast1, PathText, Positive, ShareAbove0, Text
@@ -55,7 +56,8 @@ class VLLMEngine:
         chunked_prefill: splits long prompts over decoding steps. CUDA alone.
         trust_remote_code: runs code that a hub model brings along.
         log_file: where vLLM's banners and warnings go.
-        options: further arguments of vllm.LLM, by name.
+        processes: of the trainer on each machine, which tensor_parallel must divide; None: unknown.
+        options: further arguments of vllm.LLM, by name; see `check_options`.
 
     Raises:
         UserError: a value out of range, or a model too short for the longest sequence.
@@ -80,6 +82,7 @@ class VLLMEngine:
         chunked_prefill: bool = True,
         trust_remote_code: bool = False,
         log_file: PathText = "vllm.log",
+        processes: AtLeast1 | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         check_choice("engine.dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -88,8 +91,11 @@ class VLLMEngine:
             check_at_least(f"engine.{key}", value, 1)
         if not 0 < gpu_memory_share <= 1:
             raise UserError(f"engine.gpu_memory_share must be in (0, 1], got {gpu_memory_share}.")
-        if kv_cache_gb is not None and kv_cache_gb <= 0:
+        if kv_cache_gb is not None and not kv_cache_gb > 0:
             raise UserError(f"engine.kv_cache_gb must be above 0 or null, got {kv_cache_gb}.")
+        if processes is not None:
+            check_joined(tensor_parallel, processes, "processes of each machine (trainer.devices)")
+        check_options(options or {})
         self.path = model_directory(path)
         self.max_model_len = max_prompt_tokens + max_response_tokens
         config = AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
@@ -145,10 +151,15 @@ class VLLMEngine:
         # vLLM's end is that of the process group it uses, which then is the trainer's.
         self._shares_ranks = dist.is_initialized()
         if self._shares_ranks and dist.get_world_size() > 1:
+            check_joined(self.tensor_parallel, dist.get_world_size(), "processes of this run")
             self.options.setdefault("distributed_executor_backend", "external_launcher")
             announce_ranks()
         try:
             return vllm.LLM(**self._arguments())
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise UserError(f"engine.options has a name that vLLM does not know: {error}.") from error
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise UserError(self._start_problem(error)) from error
 

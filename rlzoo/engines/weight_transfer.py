@@ -14,14 +14,16 @@ import itertools
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
+from rlzoo.engines.http import bearer
 from rlzoo.engines.isolation import isolated
 from rlzoo.engines.vllm import import_vllm
 from rlzoo.errors import UserError
@@ -134,13 +136,12 @@ class FanOut:
     Args:
         replicas: in the order of their ranks.
         timeout: seconds that an answer may take.
+        key: sent with every request; None sends none.
     """
 
-    def __init__(self, replicas: Sequence[Replica], timeout: float) -> None:
-        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient
-
+    def __init__(self, replicas: Sequence[Replica], timeout: float, key: str | None = None) -> None:
         self.replicas = list(replicas)
-        self.clients = [HTTPVLLMWeightSyncClient(r.address, timeout) for r in replicas]
+        self.clients = [client_of(r.address, timeout, key) for r in replicas]
         self.version = "default"  # of the weights being sent; vLLM's trainer passes none on
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -167,18 +168,39 @@ class FanOut:
             RuntimeError: the first that fails. The others may wait for it in nccl for ever, so they
                 are not waited for; the trainer may be waiting there too, so it is logged first.
         """
-        pool = ThreadPoolExecutor(len(self.clients))
-        places = zip(self.clients, *arguments, strict=True)
-        futures = {pool.submit(call, *place): place[0].base_url for place in places}
-        try:
-            for future in as_completed(futures):
-                if (error := future.exception()) is not None:
-                    answer = getattr(getattr(error, "response", None), "text", "")
-                    problem = f"{futures[future]} failed in a weight sync: {error} {answer}".strip()
-                    log.error(problem)
-                    raise RuntimeError(problem) from error
-        finally:
-            pool.shutdown(wait=False)
+        answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+
+        def ask(client: Any, *own: Any) -> None:
+            try:
+                call(client, *own)
+                answers.put((client, None))
+            except Exception as error:  # whatever it is, the caller raises it
+                answers.put((client, error))
+
+        for place in zip(self.clients, *arguments, strict=True):
+            # A daemon: the process may end though a server still waits.
+            Thread(target=ask, args=place, daemon=True, name="weight sync").start()
+        for _ in self.clients:
+            client, error = answers.get()
+            if error is not None:
+                answer = getattr(getattr(error, "response", None), "text", "")
+                problem = f"{client.base_url} failed in a weight sync: {error} {answer}".strip()
+                log.error(problem)
+                raise RuntimeError(problem) from error
+
+
+def client_of(address: str, timeout: float, key: str | None) -> Any:
+    """vLLM's client of one server, which itself sends no key."""
+    from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient
+
+    class Client(HTTPVLLMWeightSyncClient):
+        def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
+            import requests
+
+            url, limit = f"{self.base_url}/{path}", self.timeout
+            requests.post(url, json=json, timeout=limit, headers=bearer(key)).raise_for_status()
+
+    return Client(address, timeout)
 
 
 class NcclTransfer:
@@ -187,10 +209,11 @@ class NcclTransfer:
     Args:
         timeout: seconds that a server's answer may take.
         log_file: where vLLM's messages go.
+        key: sent with every request; None sends none.
     """
 
-    def __init__(self, timeout: float, log_file: Path) -> None:
-        self.timeout, self.log_file = timeout, log_file
+    def __init__(self, timeout: float, log_file: Path, key: str | None = None) -> None:
+        self.timeout, self.log_file, self.key = timeout, log_file, key
         self.source = Weights()
         self.client: FanOut | None = None  # of the group, if there is one, as is the next
         self._engine: Any = None  # vLLM's TrainerWeightTransferEngine
@@ -220,7 +243,7 @@ class NcclTransfer:
         with isolated(self.log_file, keep="VLLM_"):
             import_vllm(self.log_file)
             from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
-        self.client = FanOut(replicas, self.timeout)
+        self.client = FanOut(replicas, self.timeout, self.key)
         self.client.shutdown_weight_transfer_engine()  # an earlier trainer's group may be left
         self._engine = WeightTransferTrainerFactory.trainer_init(
             trainer_info(replicas), client=self.client, source=self.source

@@ -1,10 +1,10 @@
 """Two real `vllm serve` replicas on loopback: spread, weights, one that dies."""
 
-import asyncio
 import os
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,10 +40,13 @@ def policy_path() -> str:
 
 @pytest.fixture(scope="module")
 def replicas(policy_path, tmp_path_factory):
-    """{address: process}, both answering; only the first was started for the nccl transfer."""
+    """{address: process}, both answering, both with a key; only the first was started for the nccl
+    transfer."""
     folder = tmp_path_factory.mktemp("servers")
-    with served(policy_path, folder, [(*OPTIONS, *NCCL), OPTIONS]) as found:
-        yield found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", "a key")  # of the servers, and of the engines in these tests
+        with served(policy_path, folder, [(*OPTIONS, *NCCL), OPTIONS]) as found:
+            yield found
 
 
 @contextmanager
@@ -73,7 +76,7 @@ def served(
 def wait_for(address: str, process: subprocess.Popen, folder: Path) -> None:
     for _ in range(240):
         try:
-            urllib.request.urlopen(f"{address}/version", timeout=2)
+            urllib.request.urlopen(f"{address}/health", timeout=2)
             return
         except OSError:
             assert process.poll() is None, "\n".join(p.read_text() for p in folder.iterdir())
@@ -110,14 +113,14 @@ def test_a_real_server_names_its_backend_and_takes_the_calls_of_a_transfer(repli
     engine = make(policy_path, list(replicas))
     engine.wake()
     assert engine.transfer == "folder" or torch.cuda.is_available()
-    first, second = asyncio.run(engine._everywhere(engine._ask_replica)).values()
+    first, second = engine.replicas.everywhere(engine._ask_replica).values()
     for found, backend in ((first, "nccl"), (second, None)):
         assert found == Replica(found.address, backend, 1, "default")
     backends = {first.address: first.backend, second.address: second.backend}
     with pytest.raises(UserError, match=f"{second.address} names no transfer backend"):
         choose_transfer("nccl", True, backends)
 
-    client = FanOut([first], 60.0)
+    client = FanOut([first], 60.0, "a key")
     client.version = "3"
     client.shutdown_weight_transfer_engine()  # as at every start, when there is nothing to end
     client.start_weight_update()
@@ -125,10 +128,10 @@ def test_a_real_server_names_its_backend_and_takes_the_calls_of_a_transfer(repli
         client.update_weights({"names": [], "dtype_names": [], "shapes": []})
     client.start_weight_update()
     client.finish_weight_update()
-    held = asyncio.run(engine._everywhere(engine._ask_replica))[first.address]
+    held = engine.replicas.everywhere(engine._ask_replica)[first.address]
     assert held == first._replace(weight_version="3")
     with pytest.raises(RuntimeError, match="weight_transfer_config"):
-        FanOut([second], 60.0).start_weight_update()
+        FanOut([second], 60.0, "a key").start_weight_update()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, test_vllm_gpu.py sends weights")
@@ -145,6 +148,16 @@ def test_a_sync_by_nccl_reaches_vllms_own_transfer_and_a_failure_is_told(
             engine.load_weights(load_policy("tiny").named_parameters(), version)
     engine.close()
     assert "Creating weight transfer trainer engine: NCCLTrainer" in log_file.read_text()
+
+
+def test_a_real_server_lets_nobody_in_without_its_key(replicas, policy_path, monkeypatch):
+    for address in replicas:
+        for path in ("/collective_rpc", "/inference/v1/generate", "/server_info", "/version"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(f"{address}{path}", data=b"{}", timeout=20)
+    monkeypatch.delenv("VLLM_API_KEY")
+    with pytest.raises(UserError, match="asks for a key, and this run sends none"):
+        make(policy_path, list(replicas)).wake()
 
 
 def test_two_replicas_share_a_draw_hold_new_weights_and_lose_nothing_when_one_dies(

@@ -49,14 +49,15 @@ def accept(path: str, body: dict | None) -> tuple[int, object]:
 
 @contextmanager
 def recorder(answer: Callable[[str, dict | None], tuple[int, object]] = accept):
-    """A server that keeps (path, body) of every POST and answers what `answer` says."""
-    heard = []
+    """A server that keeps (path, body) of every POST, and its key; answers what `answer` says."""
+    heard, keys = [], []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length", 0))
             body = json.loads(self.rfile.read(length)) if length else None
             heard.append((self.path, body))
+            keys.append(self.headers.get("Authorization"))
             status, content = answer(self.path, body)
             data = json.dumps(content).encode()
             self.send_response(status)
@@ -70,7 +71,8 @@ def recorder(answer: Callable[[str, dict | None], tuple[int, object]] = accept):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield SimpleNamespace(address=f"http://127.0.0.1:{server.server_port}", heard=heard)
+        address = f"http://127.0.0.1:{server.server_port}"
+        yield SimpleNamespace(address=address, heard=heard, keys=keys)
     finally:
         server.shutdown()
         server.server_close()
@@ -178,6 +180,8 @@ def test_a_replica_that_fails_is_named_at_once_though_another_still_waits(caplog
             with pytest.raises(RuntimeError, match=f"{one.address} .* 500 .*out of memory"):
                 client.update_weights({})
             assert ended == [] and one.address in caplog.text
+            waiting = [t for t in threading.enumerate() if t.name == "weight sync"]
+            assert waiting and all(t.daemon for t in waiting)  # the process may end meanwhile
         finally:
             released.set()
 
@@ -259,6 +263,7 @@ def test_prefixes_that_a_server_keeps_stop_a_sync(tmp_path):
         with pytest.raises(RuntimeError, match="kept prefixes of the old weights"):
             engine.load_weights(load_policy("tiny").named_parameters(), 5)
     assert [path for path, _ in server.heard] == ["/collective_rpc", "/reset_prefix_cache"]
+    engine.close()
     assert not list(tmp_path.iterdir())
 
 
