@@ -1,6 +1,7 @@
 """Where the configuration lies, and what to say of overrides that do not fit it."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rlzoo.ranks import register
 
 register()
 
+HOME = re.compile(r"(?<=[=,\[:])~[^\s,\[\]{}()=:]*")  # a path of the home folder in an override
 MIN_LIKENESS = 0.7  # of two names, by difflib's ratio, for one to be offered for the other
 
 
@@ -65,6 +67,19 @@ def _last_part(key: str) -> str:
     return key.rpartition(".")[2]
 
 
+def quoted_homes(overrides: Sequence[str]) -> list[str]:
+    """The overrides with paths such as ~/runs/a in quotes, without which Hydra cannot read them.
+
+    `rlzoo.schema` puts the home folder in, where a setting takes a path.
+    """
+    return [
+        override
+        if override.startswith(("~", "-")) or {"'", '"'} & set(override)
+        else HOME.sub(lambda path: f"'{path[0]}'", override)
+        for override in overrides
+    ]
+
+
 def check_overrides(
     overrides: Sequence[str], config_name: str = "train", config_dir: Path | None = None
 ) -> None:
@@ -83,25 +98,29 @@ def check_overrides(
     """
     if any(override.startswith("-") for override in overrides):
         return
+    overrides = quoted_homes(overrides)
     directory = (config_dir or conf_dir()).resolve()
     with initialize_config_dir(version_base="1.3", config_dir=str(directory)):
         try:
-            _compose(config_name, overrides)
+            cfg = _compose(config_name, overrides)
         except OverrideParseException as error:
-            raise UserError(_syntax_message(error)) from error
+            raise UserError(_syntax_message(error.override)) from error
         except (HydraException, ValueError) as error:
             raise UserError(_misfit_message(error, config_name, overrides)) from error
         except yaml.YAMLError as error:
             raise UserError(f"A configuration file is not valid YAML: {error}") from error
+    run_dir = OmegaConf.to_container(cfg, resolve=False).get("run_dir", "none")
+    if not isinstance(run_dir, str) or not run_dir.strip():
+        raise UserError(f"run_dir must be text, not empty, got {run_dir!r}: name a directory.")
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     return compose(config_name, overrides=list(overrides), return_hydra_config=True)
 
 
-def _syntax_message(error: OverrideParseException) -> str:
+def _syntax_message(override: str) -> str:
     return (
-        f"{error.override!r} is not an override that Hydra can read. Write key=value, without"
+        f"{override!r} is not an override that Hydra can read. Write key=value, without"
         " spaces around '='; a value that holds a space or one of ,=:(){}[] needs quotes for"
         " Hydra and for the shell: \"key='a, b'\"."
     )
@@ -111,8 +130,18 @@ def _misfit_message(
     error: HydraException | ValueError, config_name: str, overrides: Sequence[str]
 ) -> str:
     """The message for overrides that can be read but do not fit the configuration."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    parser, parsed = OverridesParser.create(), []
+    for override in overrides:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException:  # a character that Hydra's grammar has no place for
+            return _syntax_message(override)
     for override in parsed:
+        if override.value() is None and not override.is_delete() and "must be a string" in str(error):
+            return (
+                f"{override.input_line}: a config group takes the name of one of its files. To leave"
+                f" the group out, write ~{override.key_or_group}."
+            )
         if override.is_sweep_override():
             return (
                 f"{override.input_line!r} names several values, which only a sweep can run: add"

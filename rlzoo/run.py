@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlzoo.configuration import check_overrides, conf_dir
+from rlzoo.configuration import check_overrides, conf_dir, quoted_homes
 from rlzoo.errors import UserError
 from rlzoo.ranks import check_processes, port_in_use, run_name
 
@@ -25,6 +25,7 @@ PREEMPTED = 143  # exit code of a run stopped by SIGTERM or SLURM's SIGUSR1, onc
 
 def main() -> None:
     """Entry point; exits 2 on a mistake of the user's, 130 on Ctrl-C, 143 on SIGTERM."""
+    sys.argv[1:] = quoted_homes(sys.argv[1:])
     try:
         check_overrides(sys.argv[1:])
         if not any(override.startswith("run_dir=") for override in sys.argv[1:]):

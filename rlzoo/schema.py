@@ -64,7 +64,7 @@ LIMITS: dict[str, Any] = {
 # Groups: what is built from one node, and what holds nodes by name.
 ONE = ("model", "data", "reward", "engine", "datamodule", "algo", "strategy", "trainer")
 NAMED = {"sampler": ("allocator", "callback"), "callbacks": (), "logger": ()}
-# Bounds of other people's classes, which have none in their annotations.
+# Bounds of classes that have none in their annotations: other people's, and a user's own.
 Betas = Annotated[Sequence[ShareBelow1], "betas"]
 OUTSIDE: dict[str, dict[str, Any]] = {
     "algo.optimizer": {
@@ -75,6 +75,7 @@ OUTSIDE: dict[str, dict[str, Any]] = {
         "betas": Betas,
     },
     "algo.scheduler": {"num_warmup_steps": AtLeast0, "num_training_steps": AtLeast1},
+    "model": {"path": PathText},
 }
 HYDRA = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 REFERENCE = re.compile(r"\$\{(?:oc\.select:)?([a-zA-Z_][\w.]*)(?:,[^${}]*)?\}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import rlzoo.configuration
-from rlzoo.configuration import check_overrides, conf_dir, near_matches
+from rlzoo.configuration import check_overrides, conf_dir, near_matches, quoted_homes
 from rlzoo.errors import UserError
 
 FILES = {
@@ -56,6 +56,10 @@ def test_overrides_that_fit_pass(conf: Path, overrides: list[str]) -> None:
         (["algo=3"], ["algo=3", "must be a string"]),
         (["+seed=1"], ["+seed=1", "'++seed=1'"]),
         (["sampler=broken"], ["not valid YAML", "broken.yaml"]),
+        (["algo=null"], ["algo=null", "the name of one of its files", "~algo"]),
+        (["+name=a#b"], ["'+name=a#b'", "Write key=value"]),
+        (["+run_dir="], ["run_dir must be text, not empty, got ''"]),
+        (["+run_dir=5"], ["run_dir must be text, not empty, got 5"]),
     ],
 )
 def test_an_override_that_does_not_fit_is_named_with_its_mend(
@@ -81,6 +85,13 @@ def test_a_broken_default_of_the_configuration_itself_is_named(conf: Path) -> No
 
 def test_a_command_line_with_flags_is_left_to_hydra(conf: Path) -> None:
     check_overrides(["--multirun", "algo=grpo,raft", "unknown=1"], config_dir=conf)
+
+
+def test_a_path_of_the_home_folder_is_quoted_for_hydra(conf: Path) -> None:
+    given = ["run_dir=~/x", "a=[~/b,c]", "a=~me/b,~/c", "~limits", "a='~/b'", "--config-dir=~/c", "a=b~c"]
+    quoted = ["run_dir='~/x'", "a=['~/b',c]", "a='~me/b','~/c'", "~limits", "a='~/b'"]
+    assert quoted_homes(given) == [*quoted, "--config-dir=~/c", "a=b~c"]
+    check_overrides(["+run_dir=~/x"], config_dir=conf)
 
 
 def test_near_matches_come_best_first_and_never_repeat_the_name() -> None:

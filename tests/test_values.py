@@ -5,7 +5,7 @@ from pathlib import Path
 
 import hydra
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rlzoo.configuration import check_overrides, conf_dir
 from rlzoo.progress import Bars
@@ -161,3 +161,22 @@ def test_a_run_tells_all_problems_at_once_and_touches_nothing(tmp_path: Path):
     for key in ("seed", "val_every", "foo"):
         assert f"{key} " in message
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_leading_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch):
+    """The ones that a command line sets; those of nodes follow from their signatures."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ["run_dir", "init_from", "replay", "model.path"]
+    cfg = compose(*(f"++{key}='~/{key}'" for key in keys), "engine=vllm", "engine.log_file='~/v'")
+    check_settings(cfg)
+    assert [OmegaConf.select(cfg, key) for key in keys] == [f"{tmp_path}/{key}" for key in keys]
+    assert cfg.engine.log_file == f"{tmp_path}/v"
+    assert cfg.datamodule.replay == cfg.replay and cfg.engine.path == cfg.model.path
+    assert cfg.data.template.user_suffix == ""
+
+
+def test_a_run_directory_under_the_home_folder_is_made_there(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    warm.passed(Path("~/there"), "limits.max_responses=16", "val_every=0")
+    assert (tmp_path / "there" / "policy").is_dir()
