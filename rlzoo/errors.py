@@ -16,3 +16,10 @@ def check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
 def check_at_least(key: str, value: float, low: float) -> None:
     if not value >= low:  # NaN is not either
         raise UserError(f"{key} must be at least {low}, got {value}.")
+
+
+def check_acts(key: str, value: object, neutral: object, reason: str) -> None:
+    """Raises a UserError if a value other than the neutral one was given where it cannot act."""
+    if value != neutral:
+        neutral = "null" if neutral is None else neutral
+        raise UserError(f"{key}={value} would do nothing: {reason}. Set {key}={neutral}.")

@@ -13,6 +13,7 @@ from typing import Any
 import lightning
 import torch
 import transformers
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +28,7 @@ from rlzoo.errors import UserError, check_choice
 from rlzoo.ledger import Limits
 from rlzoo.models.lora import check_lora, lora_settings
 from rlzoo.models.policy import eos_token_ids, load_tokenizer, model_directory
+from rlzoo.preflight import check_parts
 from rlzoo.progress import Bars
 from rlzoo.ranks import cluster_plugins, is_first, log_name
 from rlzoo.rewards.calling import make_reward
@@ -163,7 +165,13 @@ def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
     callbacks = [
         instantiate(node, **extra.get(name, {})) for name, node in cfg.callbacks.items() if node
     ]
+    check_parts(algo, datamodule, task_overrides())
     return {"algo": algo, "datamodule": datamodule, "callbacks": callbacks}
+
+
+def task_overrides() -> list[str]:
+    """What the command line changed; nothing where no command began the run."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def build_trainer(

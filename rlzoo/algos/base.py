@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlzoo.algos.scoring import ScoringModule
-from rlzoo.errors import UserError, check_at_least, check_choice
+from rlzoo.errors import UserError, check_acts, check_at_least, check_choice
 from rlzoo.losses import (
     KL_ESTIMATORS,
     LossOutput,
@@ -55,7 +55,7 @@ class PolicyAlgorithm(ScoringModule):
         tis_cap: bound of the importance weight of trainer against engine log-probs (truncated
             importance sampling); null trains without.
         overlong_buffer: last share of the length limit, in [0, 1), over which a penalty grows from
-            0 to `overlong_penalty` (DAPO, arXiv:2503.14476 Eq. 13); 0 is none.
+            0 to `overlong_penalty` (DAPO, arXiv:2503.14476 Eq. 13); 0 is none, else a token at least.
         overlong_filter: whether truncated rollouts are rejected.
         max_response_tokens: limit of a response, the divisor of aggregation "fixed_length".
         seed: of the run.
@@ -67,6 +67,8 @@ class PolicyAlgorithm(ScoringModule):
     needs_reference_always = False  # True where the loss has a reference whatever kl_coef is
     credits_tokens = False  # True where advantages come from per-token scores
     uses_reward_values = True  # False where rewards only say which rollouts train
+    uses_advantages = True  # False where the loss has none
+    smallest_group = 1  # responses of a prompt below which they teach nothing
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class PolicyAlgorithm(ScoringModule):
         self.overlong_buffer, self.overlong_penalty = overlong_buffer, overlong_penalty
         self.max_response_tokens, self.seed = max_response_tokens, seed
         self.means = WeightedMeans()  # of the rollout step, over tokens
+        self.told_of_singles = False
         self.scores_old = True  # whether this rollout step's old log-probs were computed apart
         self.check_options()
 
@@ -141,8 +144,61 @@ class PolicyAlgorithm(ScoringModule):
                 " algo.overlong_buffer and algo.kl_in=reward would do nothing. Use"
                 " algo.overlong_filter and algo.kl_in=loss."
             )
+        self.check_idle()
         if self.kl_coef and self.kl_in == "loss" and self.kl_estimator == "k1":
             log.warning("algo.kl_estimator=k1 in the loss has a mean gradient of 0: prefer k2 or k3.")
+
+    def check_idle(self) -> None:
+        """Raises a UserError for a value that was asked for and could not act."""
+        name = type(self).__name__
+        if self.kl_coef == 0:
+            why = "algo.kl_coef=0 leaves the KL out"
+            check_acts("algo.kl_estimator", self.kl_estimator, "k3", why)
+            check_acts("algo.kl_in", self.kl_in, "loss", why)
+        if not self.uses_reward_values:
+            why = f"{name} asks of rewards only which rollouts are right"
+            check_acts("algo.reward_scale", self.reward_scale, "zero_one", why)
+        if not self.uses_advantages:
+            why = f"the loss of {name} has no advantages that it could weigh"
+            check_acts("algo.tis_cap", self.tis_cap, None, why)
+        if self.overlong_buffer == 0:
+            why = "algo.overlong_buffer=0 leaves the penalty out"
+            check_acts("algo.overlong_penalty", self.overlong_penalty, 1.0, why)
+        elif self.overlong_penalty == 0:
+            why = "algo.overlong_penalty=0 is no penalty"
+            check_acts("algo.overlong_buffer", self.overlong_buffer, 0.0, why)
+
+    def idle_options(self) -> dict[str, str]:
+        """Keys that cannot act as the others stand, with the reason: `rlzoo.preflight` refuses one
+        that the user set, while a default may stand."""
+        idle = {}
+        if not self.can_reject:
+            idle["algo.rejected"] = f"this {type(self).__name__} turns no rollout down"
+        if not self.overlong_buffer and self.aggregation != "fixed_length":
+            why = "responses are drawn up to datamodule.max_response_tokens"
+            idle["algo.max_response_tokens"] = why
+        if self.scale_free and not self.shapes_rewards:
+            idle["algo.reward_scale"] = "advantages are standardised, whatever the rewards' scale"
+        return idle
+
+    def idle_on_policy(self) -> dict[str, str]:
+        """The same for what one update per rollout step makes idle, as a sweep may; said only."""
+        return {}
+
+    @property
+    def can_reject(self) -> bool:
+        """Whether there are rollouts that do not train."""
+        return self.overlong_filter or type(self).select is not PolicyAlgorithm.select
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether twice the rewards give the same advantages."""
+        return False
+
+    @property
+    def shapes_rewards(self) -> bool:
+        """Whether anything is taken from the rewards of whole groups that are alike."""
+        return self.overlong_buffer > 0 or self.kl_in_reward
 
     @property
     def kl_in_reward(self) -> bool:
@@ -175,6 +231,7 @@ class PolicyAlgorithm(ScoringModule):
         self, rollouts: Rollouts, on_progress: Callable[[int], None] = lambda n: None
     ) -> list[RolloutBatch]:
         """This rank's `microbatches_per_step` microbatches of a rollout step, scored."""
+        self.say_if_single(rollouts)
         first = rollouts.rollout_step == 0
         self.scores_old = self.must_score_old(first)
         scored = self.scored(rollouts)
@@ -191,6 +248,17 @@ class PolicyAlgorithm(ScoringModule):
         )
         self.agree_on_pieces(batches)
         return batches
+
+    def say_if_single(self, rollouts: Rollouts) -> None:
+        """Says once that there are groups too small to teach; `single_groups` counts them."""
+        single = int((rollouts.group_ids.bincount() == 1).sum()) if len(rollouts) else 0
+        if single and self.smallest_group > 1 and not self.told_of_singles:
+            self.told_of_singles = True
+            log.warning(
+                f"{single} of {len(rollouts.prompts)} prompts have one response in this rollout step:"
+                f" {type(self).__name__}, which compares responses, learns nothing of them (column"
+                " single_groups; sampler.allocator.n_min=2 gives every prompt two)."
+            )
 
     @property
     def updates_per_step(self) -> int:
@@ -257,9 +325,8 @@ class PolicyAlgorithm(ScoringModule):
             check_zero_one(rollouts)
             rewards = 2 * rewards - 1
         limit = self.max_response_tokens
-        penalty = soft_overlong_penalty(
-            rollouts.lengths, limit, round(self.overlong_buffer * limit)
-        )
+        buffer = max(1, round(self.overlong_buffer * limit)) if self.overlong_buffer else 0
+        penalty = soft_overlong_penalty(rollouts.lengths, limit, buffer)
         rewards = rewards + self.overlong_penalty * penalty
         if self.kl_in_reward and not self.credits_tokens:
             sums = [kl.sum() for kl in self.kl_penalties(rollouts)]

@@ -53,6 +53,24 @@ class ClippedPolicyAlgorithm(PolicyAlgorithm):
             )
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
 
+    @property
+    def blames(self) -> bool:
+        """Whether an advantage may be below 0."""
+        return True
+
+    def idle_options(self) -> dict[str, str]:
+        if self.blames:
+            return super().idle_options()
+        why = "no advantage is below 0, where alone it acts"
+        return super().idle_options() | {"algo.clip_low": why, "algo.dual_clip": why}
+
+    def idle_on_policy(self) -> dict[str, str]:
+        if self.updates_per_step > 1:
+            return super().idle_on_policy()
+        why = "with one update per rollout step (algo.updates=1, algo.passes=1) the ratio is 1"
+        keys = ("algo.clip_low", "algo.clip_high", "algo.dual_clip")
+        return super().idle_on_policy() | dict.fromkeys(keys, why)
+
     def policy_loss(self, logprobs: Tensor, batch: RolloutBatch) -> LossOutput:
         return clipped_surrogate_loss(
             logprobs,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlzoo.advantages import group_advantages, split_groups
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
-from rlzoo.errors import UserError, check_choice
+from rlzoo.errors import UserError, check_acts, check_choice
 from rlzoo.selection import mixed_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
@@ -48,6 +48,24 @@ class GRPO(ClippedPolicyAlgorithm):
             )
         self.scale_by_std, self.singleton, self.group_size = scale_by_std, singleton, group_size
         self.mixed_groups_only = mixed_groups_only
+        if self.rejected == "zero" and not self.shapes_rewards and singleton == "zero":
+            why = "with algo.rejected=zero such groups stay, and their advantages are 0 in any case"
+            check_acts("algo.mixed_groups_only", mixed_groups_only, False, f"{why} (DAPO: drop)")
+        if mixed_groups_only and group_size is None:
+            why = "algo.mixed_groups_only=true rejects groups of one"
+            check_acts("algo.singleton", singleton, "zero", why)
+
+    @property
+    def smallest_group(self) -> int:
+        return 2 if self.singleton == "zero" or self.mixed_groups_only else 1
+
+    @property
+    def can_reject(self) -> bool:
+        return self.overlong_filter or self.mixed_groups_only
+
+    @property
+    def scale_free(self) -> bool:
+        return self.scale_by_std and self.singleton == "zero"
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         groups = rollouts.group_ids

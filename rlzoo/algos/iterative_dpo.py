@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlzoo.algos.base import PolicyAlgorithm
-from rlzoo.errors import UserError, check_at_least, check_choice
+from rlzoo.errors import UserError, check_acts, check_at_least, check_choice
 from rlzoo.losses import LossOutput, dpo_loss
 from rlzoo.selection import best_and_worst
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
@@ -33,6 +33,9 @@ class IterativeDPO(PolicyAlgorithm):
     """
 
     uses_reward_values = False
+    uses_advantages = False
+    smallest_group = 2
+    can_reject = True  # what is in no pair
 
     def __init__(
         self,
@@ -62,6 +65,11 @@ class IterativeDPO(PolicyAlgorithm):
         if not 0 <= label_smoothing < 0.5:
             raise UserError(f"algo.label_smoothing must be in [0, 0.5), got {label_smoothing}.")
         check_at_least("algo.nll_coef", nll_coef, 0)
+        if loss == "ipo":
+            why = "algo.loss=ipo has no place for it"
+            check_acts("algo.label_smoothing", label_smoothing, 0.0, why)
+        why = "what is in no pair is in no denominator either"
+        check_acts("algo.rejected", self.rejected, "drop", why)
         self.beta, self.label_smoothing, self.loss_kind = beta, label_smoothing, loss
         self.nll_coef, self.reference = nll_coef, reference
         self.chosen_must_be_correct = chosen_must_be_correct

@@ -117,6 +117,14 @@ class OptimizationModule(lightning.LightningModule):
         if self.settle_update(norms):
             optimizer.zero_grad(set_to_none=True)
 
+    def idle_options(self) -> dict[str, str]:
+        """Keys that cannot act, with the reason; setting one is refused (`rlzoo.preflight`)."""
+        return {}
+
+    def idle_on_policy(self) -> dict[str, str]:
+        """Keys that do nothing in this run, with the reason; setting one is said."""
+        return {}
+
     @property
     def frozen_groups(self) -> tuple[str, ...]:
         """Names of the parameter groups that the update in progress leaves as they are."""

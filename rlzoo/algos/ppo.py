@@ -127,6 +127,12 @@ class PPO(ClippedPolicyAlgorithm):
         )
         return LossOutput(self.value_coef * loss_sum, metrics)
 
+    def idle_on_policy(self) -> dict[str, str]:
+        idle = super().idle_on_policy()
+        if self.updates_per_step == 1:
+            idle["algo.value_clip"] = "with one update per rollout step values are the old ones"
+        return idle
+
     @property
     def frozen_groups(self) -> tuple[str, ...]:
         return ("policy",) if self.warming_up else ()

@@ -17,6 +17,7 @@ class RAFTPlusPlus(ClippedPolicyAlgorithm):
     """
 
     uses_reward_values = False
+    blames = False  # advantages are 1, or 0 where rejected rollouts stay
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         return torch.ones(len(rollouts))

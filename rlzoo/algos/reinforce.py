@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlzoo.advantages import group_advantages, group_stats
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
-from rlzoo.errors import check_choice
+from rlzoo.errors import check_acts, check_choice
 from rlzoo.selection import solved_groups, unsolved_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
@@ -42,6 +42,27 @@ class Reinforce(ClippedPolicyAlgorithm):
         check_choice("algo.baseline", baseline, ("none", "mean"))
         self.baseline, self.scale_by_std = baseline, scale_by_std
         self.drop_solved, self.drop_unsolved = drop_solved, drop_unsolved
+        if baseline == "mean" and self.rejected == "zero" and not self.shapes_rewards:
+            why = "with algo.rejected=zero and algo.baseline=mean their advantages are 0 in any case"
+            check_acts("algo.drop_solved", drop_solved, False, why)
+            check_acts("algo.drop_unsolved", drop_unsolved, False, why)
+
+    @property
+    def smallest_group(self) -> int:
+        return 2 if self.baseline == "mean" else 1
+
+    @property
+    def can_reject(self) -> bool:
+        return self.overlong_filter or self.drop_solved or self.drop_unsolved
+
+    @property
+    def scale_free(self) -> bool:
+        return self.baseline == "mean" and self.scale_by_std
+
+    @property
+    def blames(self) -> bool:
+        zero_one = self.reward_scale == "zero_one" and self.baseline == "none"
+        return not zero_one or self.shapes_rewards
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         rewards, groups = rollouts.rewards, rollouts.group_ids

@@ -32,6 +32,14 @@ class ReinforcePPBaseline(ClippedPolicyAlgorithm):
         check_choice("algo.singleton", singleton, ("zero", "reward"))
         self.singleton = singleton
 
+    @property
+    def smallest_group(self) -> int:
+        return 2 if self.singleton == "zero" else 1
+
+    @property
+    def scale_free(self) -> bool:
+        return self.singleton == "zero"
+
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         advantages = group_advantages(
             rollouts.rewards, rollouts.group_ids, scale_by_std=False, singleton=self.singleton

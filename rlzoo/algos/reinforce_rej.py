@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from rlzoo.algos.reinforce import Reinforce
+from rlzoo.errors import check_acts
 from rlzoo.selection import mixed_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
@@ -29,6 +30,12 @@ class ReinforceRej(Reinforce):
         **shared: Any,
     ) -> None:
         super().__init__(policy, optimizer, scale_by_std=scale_by_std, **shared)
+        for key in ("drop_solved", "drop_unsolved"):
+            why = "Reinforce-Rej rejects groups without contrast, both kinds"
+            check_acts(f"algo.{key}", getattr(self, key), False, why)
+
+    smallest_group = 2
+    can_reject = True
 
     def select(self, rollouts: Rollouts) -> Tensor:
         return mixed_groups(rollouts.rewards, rollouts.group_ids)

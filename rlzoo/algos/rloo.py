@@ -33,6 +33,10 @@ class RLOO(ClippedPolicyAlgorithm):
         check_choice("algo.singleton", singleton, ("zero", "reward"))
         self.singleton = singleton
 
+    @property
+    def smallest_group(self) -> int:
+        return 2 if self.singleton == "zero" else 1
+
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         return leave_one_out_advantages(
             rollouts.rewards, rollouts.group_ids, singleton=self.singleton

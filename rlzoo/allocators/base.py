@@ -27,6 +27,13 @@ class Allocator(Protocol):
     def done(self, prompt_id: str) -> bool:
         """Whether a prompt needs no further round within this rollout step."""
 
+    def bounds(self, prompts: int, total: int) -> tuple[int, int]:
+        """The least and the most responses that `allocate` may give to one prompt.
+
+        Raises:
+            UserError: no budgets within the allocator's own bounds have that sum.
+        """
+
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> None: ...
@@ -48,6 +55,9 @@ class OneRound:
 
     def done(self, prompt_id: str) -> bool:
         return True
+
+    def bounds(self, prompts: int, total: int) -> tuple[int, int]:
+        return 0, total
 
     def state_dict(self) -> dict:
         return {}

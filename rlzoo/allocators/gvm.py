@@ -98,12 +98,23 @@ class GVM(OneRound):
         }
         self.grad_norms = dict(zip(prompt_ids, map(float, grad_norms), strict=True))
 
-    def allocate(self, prompt_ids: Sequence[str], total: int, round_: int = 0) -> list[int]:
-        if self.n_max is not None and self.n_max * len(prompt_ids) < total:
+    def bounds(self, prompts: int, total: int) -> tuple[int, int]:
+        """As in Allocator; asked at start-up, before any pilot is paid."""
+        if self.n_max is not None and self.n_max * prompts < total:
             raise UserError(
-                f"sampler.allocator.n_max={self.n_max} is too small: {len(prompt_ids)} prompts"
-                f" have to share {total} responses."
+                f"sampler.allocator.n_max={self.n_max} is too small: {prompts} prompts have to share"
+                f" {total} responses. Raise it, or lower datamodule.responses_per_prompt."
             )
+        if self.n_min * prompts > total:
+            raise UserError(
+                f"sampler.allocator.n_min={self.n_min} is too large: {prompts} prompts have only"
+                f" {total} responses to share. Lower it, or raise datamodule.responses_per_prompt."
+            )
+        most = total - self.n_min * (prompts - 1)
+        return self.n_min, most if self.n_max is None else min(most, self.n_max)
+
+    def allocate(self, prompt_ids: Sequence[str], total: int, round_: int = 0) -> list[int]:
+        self.bounds(len(prompt_ids), total)
         return gvm_budgets(
             np.array([self.accept_rates[i] for i in prompt_ids]),
             np.array([self.grad_norms[i] for i in prompt_ids]),

@@ -10,5 +10,8 @@ from rlzoo.allocators.base import OneRound, round_to_total
 class Uniform(OneRound):
     """Every prompt gets the same budget, give or take one: the baseline of every other sampler."""
 
+    def bounds(self, prompts: int, total: int) -> tuple[int, int]:
+        return total // prompts, -(-total // prompts)
+
     def allocate(self, prompt_ids: Sequence[str], total: int, round_: int = 0) -> list[int]:
         return round_to_total(np.full(len(prompt_ids), 1 / len(prompt_ids)), total)

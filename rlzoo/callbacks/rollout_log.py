@@ -132,6 +132,7 @@ def rollout_figures(rollouts: Rollouts) -> dict[str, float]:
         "truncated": share(rollouts.truncated),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
+        "single_groups": share(budgets == 1),
         "degenerate_groups": float((degenerate / budgets[rollouts.group_ids]).sum() / len(budgets)),
         "budget/min": float(budgets.min()),
         "budget/mean": float(budgets.mean()),
