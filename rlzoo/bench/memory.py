@@ -14,8 +14,8 @@ the formula of ZeRO (arXiv:1910.02054 section 3.1), for P parameters on N ranks:
 | zero2 | w P | g P / N | 8 P / N | 4 P / N |
 | zero3, fsdp | w P / N | g P / N | 8 P / N | 4 P / N, none under FSDP |
 
-w and g are bytes of an element: 4 in float32, 2 under DeepSpeed's bf16-mixed. The paper has g P for
-zero1: so it is during the backward pass, but what is not a rank's own is freed before the step.
+w and g are bytes of an element: 4 in float32; under DeepSpeed's bf16-mixed w is 2, and g is 2 in
+stage 1, 4 in stages 2 and 3, which add microbatches up in float32. The paper has g P for zero1: so it is during the backward pass, but what is not a rank's own is freed before the step.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def expected(name: str, parameters: int, ranks: int, half: bool) -> dict[str, fl
         share["weights"] = parameters
     element = 2 if half and name.startswith("zero") else 4
     states = 12 if name.startswith("zero") else 8
-    sizes = {"weights": element, "gradients": element, "optimizer": states}
+    gradient = element if name == "zero1" else 4  # the others add microbatches up in float32
+    sizes = {"weights": element, "gradients": gradient, "optimizer": states}
     return {part: share[part] * sizes[part] for part in PARTS}
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -26,6 +26,16 @@ from rlzoo.errors import UserError, check_choice
 from rlzoo.values import AtLeast0, Positive
 
 log = logging.getLogger(__name__)
+
+
+OWN_KEYS = {  # settings of zero_optimization that have a key of their own
+    "stage": "stage",
+    "offload_optimizer": "offload",
+    "offload_param": "offload",
+    "cpu_offload": "offload",
+    "stage3_param_persistence_threshold": "persistence_threshold",
+    "param_persistence_threshold": "persistence_threshold",
+}
 
 
 class DeepSpeed(DeepSpeedStrategy):
@@ -65,7 +75,7 @@ class DeepSpeed(DeepSpeedStrategy):
             if stage == 3:
                 zero["offload_param"] = {"device": "cpu"}
         config = {
-            "zero_optimization": zero | dict(options or {}),
+            "zero_optimization": with_options(zero, options or {}),
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # any torch optimizer steps in host memory too
             "gradient_clipping": 0.0,  # `group_updates` clips
@@ -169,6 +179,32 @@ class DeepSpeed(DeepSpeedStrategy):
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning has divided by the accumulation count; DeepSpeed would do so once more."""
         return super().backward(closure_loss, *args, scale_wrt_gas=False, **kwargs)
+
+
+def with_options(zero: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`, once it has been read as DeepSpeed will read it.
+
+    Raises:
+        UserError: an option that has a key of its own, that DeepSpeed does not know, or whose value
+            it does not take.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    for name in options:
+        if name in OWN_KEYS:
+            raise UserError(f"strategy.options.{name}: take strategy.{OWN_KEYS[name]} for that.")
+    config = zero | dict(options)
+    try:
+        DeepSpeedZeroConfig(**config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"strategy.options.{name}: DeepSpeed does not take it ({first['msg']}). Options are those"
+            " of its zero_optimization."
+        ) from error
+    return config
 
 
 def import_deepspeed(stage: int) -> None:

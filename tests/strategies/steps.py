@@ -9,13 +9,17 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
+from rlzoo import distributed
 from rlzoo.algos import PolicyAlgorithm
 from rlzoo.callbacks.gvm import gradient_norms
 from rlzoo.engines.base import weights_checksum
@@ -220,6 +224,35 @@ def main(folder: Path, rank: int, world_size: int, port: int) -> None:
     stock = one_step(DOUBLE_DIVISION, Stock(stage=2), world_size, folder)
     if rank == 0:
         torch.save(stock, folder / "stock.pt")
+    torch.save(talked(rank, world_size, folder), folder / f"talked_{rank}.pt")
+
+
+def talked(rank: int, world_size: int, folder: Path) -> list[dict[str, object]]:
+    """What ranks exchange and over what, in two process groups that pass for nccl's."""
+    own_backend, found = dist.get_backend, []
+    for life in range(2):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/life{life}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=77),
+        )
+        with mock.patch.object(dist, "get_backend", lambda *group: "nccl"):
+            heard = [distributed.all_gather((life, rank, "x" * 9999 * rank)) for _ in range(2)]
+            group, again = distributed.talking_group(), distributed.talking_group()
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
+        found.append(
+            {
+                "heard": [[item[:2] for item in items] for items in heard],
+                "apart": group is not dist.group.WORLD and group is again,
+                "backend": own_backend(group),
+                "seconds": timeout.total_seconds(),
+            }
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -121,3 +121,11 @@ def test_lightnings_own_strategy_divides_by_the_accumulation_twice(folder, alone
     stock = torch.load(folder / "stock.pt")
     ours, right = moved(stock, DOUBLE_DIVISION), moved(alone[DOUBLE_DIVISION.name], DOUBLE_DIVISION)
     assert float(ours.norm() / right.norm()) == pytest.approx(1 / DOUBLE_DIVISION.accumulate, rel=1e-4)
+
+
+@pytest.mark.deepspeed
+def test_objects_travel_over_one_gloo_group_beside_nccl_in_every_life_of_a_process_group(folder):
+    for rank in range(2):
+        for life, found in enumerate(torch.load(folder / f"talked_{rank}.pt")):
+            assert found.pop("heard") == 2 * [[(life, 0), (life, 1)]]
+            assert found == {"apart": True, "backend": "gloo", "seconds": 77.0}
