@@ -138,8 +138,12 @@ class Replicas:
         url: str,
         body: dict[str, Any] | None = None,
         method: str = "POST",
+        with_key: bool = True,
     ) -> Any:
         """The answer's JSON.
+
+        Args:
+            with_key: whether the key is sent, if there is one.
 
         Raises:
             ReplicaLost: no answer, or an error of the server's own.
@@ -149,7 +153,7 @@ class Replicas:
         import aiohttp
 
         try:
-            headers = bearer(self.key)
+            headers = bearer(self.key if with_key else None)
             async with session.request(method, url, json=body, headers=headers) as answer:
                 text = await answer.text()
                 if answer.status in (401, 403):

@@ -8,10 +8,12 @@ machine (/dev/shm), or from GPU to GPUs by nccl (weight_transfer.py).
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save_file
@@ -28,7 +30,10 @@ from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.models.policy import model_directory
 from rlzoo.values import AtLeast1, PathText, Positive, Text
 
+log = logging.getLogger(__name__)
+
 VLLM_VERSION = "0.32.0"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 COMPARED = ("architectures", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -143,6 +148,7 @@ class VLLMServerEngine:
             found = self.replicas.everywhere(self._describe)
             for address, described in found.items():
                 self._check_replica(address, described)
+            self._tell_of_open_ones()
             self.dtype = next(iter(found.values()))["dtype"]
             self.transfer = self._choose_transfer()
             self._checked = True
@@ -152,6 +158,26 @@ class VLLMServerEngine:
         body = {"method": "rlzoo_describe", "args": []}
         answer = await self.replicas.ask(session, f"{address}/collective_rpc", body)
         return answer["results"][0] | {"vllm": version["version"]}
+
+    def _tell_of_open_ones(self) -> None:
+        """Warns of replicas that others can reach and that ask nobody for a key."""
+        for address, is_open in self.replicas.everywhere(self._is_open).items():
+            if is_open:
+                log.warning(
+                    f"{address} does what it is asked without a key: whoever reaches its port can"
+                    " load weights into it. Start it with --middleware rlzoo.engines.guard.RequireKey"
+                    " and VLLM_API_KEY in its environment (docs/engines.md)."
+                )
+
+    async def _is_open(self, session: Any, address: str) -> bool:
+        if self.replicas.key is None and urlsplit(address).hostname in LOOPBACK:
+            return False  # as it should be, or it cannot be told
+        url, body = f"{address}/collective_rpc", {"method": "rlzoo_describe", "args": []}
+        try:
+            await self.replicas.ask(session, url, body, with_key=False)
+        except UserError:
+            return False
+        return True
 
     def _choose_transfer(self) -> str:
         cuda, backends = torch.cuda.is_available(), dict.fromkeys(self.replicas.addresses)

@@ -112,6 +112,22 @@ def test_a_server_that_asks_for_a_key_is_told_apart_from_one_that_is_gone(
             engine.load_weights(load_policy("tiny").named_parameters(), 5)
 
 
+def test_a_replica_that_would_obey_anyone_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    guarded = recorder(lambda path, body: (401, {"error": "Unauthorized"}))
+    with recorder(answer) as opened, guarded as closed:
+        engine = make([opened.address, closed.address], tmp_path)
+        engine.alive = [opened.address, closed.address]
+        engine._tell_of_open_ones()
+        assert opened.keys == closed.keys == [None]
+    assert f"{opened.address} does what it is asked without a key" in caplog.text
+    assert closed.address not in caplog.text
+    monkeypatch.delenv("VLLM_API_KEY")
+    engine = make([opened.address], tmp_path)  # on loopback, without a key: nobody is asked
+    engine.alive = [opened.address]
+    engine._tell_of_open_ones()
+
+
 def test_all_replicas_are_asked_at_once(tmp_path):
     import threading
 
