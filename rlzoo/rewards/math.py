@@ -3,6 +3,7 @@
 Pure functions without any limit of time or memory: math-verify's own time-outs are off, since they
 need the main thread and whole seconds. Text from a model goes through
 `rlzoo.rewards.verifier.VerifierPool`, which runs `verdict` in workers that it can kill.
+What is judged otherwise than by math-verify alone, and why: docs/verifier.md.
 """
 
 from __future__ import annotations
@@ -11,59 +12,35 @@ import re
 from functools import lru_cache
 
 from latex2sympy2_extended.latex2sympy2 import convert_to_pct
+from latex2sympy2_extended.sets import FiniteSet
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Basic, MatrixBase
+from sympy import Basic, Eq, MatrixBase, Tuple
 
 from rlzoo.rewards.base import Verdict
+from rlzoo.rewards.boxes import boxed_answer, final_answers
+from rlzoo.rewards.spelling import normalise, number
 
 Parsed = list[Basic | MatrixBase | str]  # math-verify's: the expression, then its text
 
 _LATEX = LatexExtractionConfig(boxed_match_priority=0)
-_GOLD_TARGETS = (_LATEX,)
-_RESPONSE_TARGETS = (_LATEX, ExprExtractionConfig())
+_TARGETS = (_LATEX, ExprExtractionConfig())
 
-_BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
-_BETWEEN_BOXES = re.compile(
-    r"(?:\s|\$|\\[()\[\]])*(?:,|;|,?\s*and|,?\s*or)(?:\s|\$|\\[()\[\]])*", re.DOTALL
+_CLOSE = 0.01  # relative; math-verify rounds to six places, which tells 1e-7 from nothing else
+_BASE = re.compile(r"([0-9A-F]+)_\{?(\d+)\}?")
+_RELATION = re.compile(r"(?:[<>]=?|\\(?:[lg](?:eq?|t)|neq?)(?![a-z]))\s*")
+_NOON = re.compile(r"\b([ap])\.?\s?m\b", re.IGNORECASE)
+_TERM = re.compile(r"-?[0-9.]+ ?([a-z]{1,2})")
+_UNITS = frozenset("m s g h l cm mm km dm kg mg gm ft lb in yd mi hr am pm th st nd rd ml cc".split())
+_LETTER = r"\(?[A-J]\)?"
+_CHOICE = re.compile(
+    r"(?:\\text\w*\s*\{\s*)?(?i:option |choice )?\(?([A-J])(?:\)?\.?|[).:}]+ ?.+)", re.DOTALL
 )
-_INTEGER = re.compile(r"-?[0-9]{1,100}")
-
-
-def boxed_answer(text: str) -> str | None:
-    r"""What stands in the last closed `\boxed{...}` of `text`, or None without one.
-
-    Boxes joined by nothing but a comma, "and" or "or" are one answer of several parts, as in
-    math-verify. One pass over the text, whatever it holds.
-    """
-    opened: list[re.Match[str]] = []
-    boxes: list[tuple[int, int, int]] = []  # command start, content start, content end
-    for token in _BRACES.finditer(text):
-        if token["box"] or token[0] == "{":
-            opened.append(token)
-        elif token[0] == "}" and opened:
-            start = opened.pop()
-            if start["box"]:
-                boxes.append((start.start(), start.end(), token.start()))
-    if not boxes:
-        return None
-    begin, *content = boxes.pop()
-    parts = [text[slice(*content)]]
-    for start, *content in reversed(boxes):
-        gap = text[content[1] + 1 : min(begin, content[1] + 41)]
-        if content[1] > begin or not _BETWEEN_BOXES.fullmatch(gap):
-            break
-        parts.append(text[slice(*content)])
-        begin = start
-    return ", ".join(reversed(parts))
-
-
-def normalise(answer: str) -> str:
-    """`answer` in the spelling compared as text and parsed; it means the same."""
-    answer = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\?\$", "", answer)
-    answer = re.sub(r"(?<=[0-9])\.(?![0-9.])", "", answer)  # "7." and "1./3" do not parse
-    answer = re.sub(r"\s+", " ", answer.strip().rstrip(".").rstrip())
-    # math-verify adds what a space separates: 1\,234 would be 235.
-    return re.sub(r"(?<=[0-9])(?:\\[,;:! ]|\{,\})(?=[0-9]{3}(?![0-9]))", "", answer)
+_SAID_CHOICE = re.compile(
+    r"(?i:answer)(?i:\s+is)?[:\s*$]{1,5}(?:\\text\w*\{)?\(?([A-J])\)?(?![A-Za-z0-9'])"
+)
+_COMMA = re.compile(r"-?\d+,\d+")
+_THOUSANDS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]{3,}|[A-Z]{3}|[A-Z][a-z]{2,} [A-Za-z0-9' -]+")
 
 
 def parse_gold(answer: str) -> Parsed:
@@ -77,7 +54,10 @@ def parse_gold(answer: str) -> Parsed:
 
 @lru_cache(maxsize=4096)  # groups share their gold answer
 def _parse_gold(answer: str) -> tuple[Basic | MatrixBase | str, ...]:
-    return tuple(_parse_answer(_content(answer), _GOLD_TARGETS))
+    parsed = _parse_answer(_gold_text(answer))
+    if "$" in answer and not _is_parsed(parsed):  # a sentence that ends in the answer
+        parsed = [*parse_response(answer), *parsed]
+    return tuple(parsed)
 
 
 def parse_response(text: str) -> Parsed:
@@ -88,59 +68,160 @@ def parse_response(text: str) -> Parsed:
     """
     content = boxed_answer(text)
     if content is not None:
-        return _parse_answer(content, _RESPONSE_TARGETS)
+        return _parse_answer(normalise(content))
     # Under antlr 4.9.3 \% is lost; outside the dollars math-verify reads the sign itself.
     text = re.sub(r"\\?%\s{0,9}\$", "$%", text).replace("\\%", "%")
-    return parse(text, _RESPONSE_TARGETS, parsing_timeout=None)
+    text = re.sub(r"\\mathrm\{([eid])\}", r"\1", text)
+    text = re.sub(r"(?<=[0-9$])(\s{0,9})per cent\b", r"\1percent", text)
+    return parse(text, _TARGETS, parsing_timeout=None)
 
 
 def verdict(gold: str, text: str) -> Verdict:
     """Whether the final answer of `text` equals the gold answer `gold`.
 
     May run for ever or take all memory: call it where it can be killed.
+
+    Returns:
+        UNVERIFIABLE only if the gold answer cannot be parsed and is not said word for word.
     """
-    answer = boxed_answer(text)
-    if answer is None:
-        return symbolic_verdict(gold, text)
-    gold_text, answer_text = normalise(_content(gold)), normalise(answer)
-    if not gold_text:
-        return Verdict.UNVERIFIABLE
-    if gold_text == answer_text:
-        return Verdict.RIGHT
-    if _INTEGER.fullmatch(gold_text) and _INTEGER.fullmatch(answer_text):
-        return Verdict(int(gold_text) == int(answer_text))
-    return symbolic_verdict(gold, text)
+    answers = final_answers(text)
+    if not answers and re.fullmatch(_LETTER, _gold_text(gold)):
+        if said := _SAID_CHOICE.findall(text):
+            return Verdict(said[-1] == _gold_text(gold).strip("()"))
+    if not answers:
+        found = symbolic_verdict(gold, text)
+        if found is not Verdict.RIGHT and _is_decimal(comma := _gold_text(gold)):
+            found = symbolic_verdict(comma.replace(",", "."), text)
+        return found
+    found = Verdict.WRONG
+    for answer in answers:
+        found = _answer_verdict(gold, normalise(answer))
+        if found is Verdict.RIGHT:
+            break
+    return found
 
 
 def symbolic_verdict(gold: str, text: str) -> Verdict:
-    """`verdict` by math-verify alone, without its short cuts for equal texts and integers."""
-    parsed_gold = parse_gold(gold)
-    if verify(parsed_gold, parse_response(text), timeout_seconds=None):
+    """`verdict` by math-verify alone, without the short cuts for equal texts and numbers."""
+    return _compare(parse_gold(gold), parse_response(text))
+
+
+def _answer_verdict(raw_gold: str, answer: str) -> Verdict:
+    """The verdict on an answer as `normalise` spells it."""
+    gold = _gold_text(raw_gold)
+    if not gold:
+        return Verdict.UNVERIFIABLE
+    if gold == answer:
         return Verdict.RIGHT
-    is_parsed = any(not isinstance(part, str) for part in parsed_gold)
-    return Verdict.WRONG if is_parsed else Verdict.UNVERIFIABLE
+    gold, answer = _decimal_commas(gold, answer)
+    numbers = number(gold.rstrip("\\%")), number(answer.rstrip("\\%"))
+    if None not in numbers:
+        if gold.endswith("%") != answer.endswith("%"):  # 28% is 28, and is 0.28
+            shares = (n / 100 if text.endswith("%") else n for n, text in zip(numbers, (gold, answer)))
+            return Verdict(numbers[0] == numbers[1] or len(set(shares)) == 1)
+        if numbers[0] == numbers[1]:
+            return Verdict.RIGHT
+        difference, size = abs(numbers[0] - numbers[1]), max(map(abs, numbers))
+        are_whole = numbers[0].denominator == numbers[1].denominator == 1
+        if are_whole or difference > _CLOSE * size:
+            return Verdict.WRONG
+    if re.fullmatch(_LETTER, gold) and (choice := _CHOICE.fullmatch(answer)):
+        return Verdict(choice[1] == gold.strip("()"))
+    if _NOON.search(gold) and _clock(gold) == _clock(answer):
+        return Verdict.RIGHT
+    if _are_apart(gold, answer):
+        return Verdict.WRONG
+    return _compare(parse_gold(raw_gold), _parse_answer(answer))
 
 
-def _content(answer: str) -> str:
-    boxed = boxed_answer(answer)
-    return answer if boxed is None else boxed
+def _compare(gold: Parsed, answer: Parsed) -> Verdict:
+    if verify(gold, answer, timeout_seconds=None):
+        return Verdict.RIGHT
+    return Verdict.WRONG if _is_parsed(gold) else Verdict.UNVERIFIABLE
 
 
-def _parse_answer(
-    answer: str, targets: tuple[LatexExtractionConfig | ExprExtractionConfig, ...]
-) -> Parsed:
-    answer = normalise(answer)
+def _is_parsed(parsed: Parsed) -> bool:
+    return any(not isinstance(part, str) for part in parsed)
+
+
+def _decimal_commas(gold: str, answer: str) -> tuple[str, str]:
+    """Both with a decimal point, if one has a decimal comma (1,22) and the other a point."""
+    for text, other in ((gold, answer), (answer, gold)):
+        if _is_decimal(text) and re.fullmatch(r"-?\d*\.\d+", other):
+            return gold.replace(",", "."), answer.replace(",", ".")
+    return gold, answer
+
+
+def _is_decimal(text: str) -> bool:
+    return bool(_COMMA.fullmatch(text)) and not _THOUSANDS.fullmatch(text)
+
+
+def _are_apart(gold: str, answer: str) -> bool:
+    """Whether the answers surely differ where math-verify alone would call them equal."""
+    pair = gold, answer
+    bases = [_BASE.fullmatch(text) for text in pair]
+    if all(bases):
+        digits = [(base[1].lstrip("0"), base[2]) for base in bases if base]
+        return digits[0] != digits[1]
+    if (_RELATION.match(gold) is None) != (_RELATION.match(answer) is None):
+        return True  # 5 and "> 5"
+    halves = [_NOON.search(text) for text in pair]
+    if all(halves) and len({half[1].lower() for half in halves if half}) == 2:
+        return True  # 3:30 a.m. and 3:30 p.m.
+    letters = [found[1] for text in pair if (found := _TERM.fullmatch(text))]
+    if len(letters) == 2:
+        return sorted(letters[0]) != sorted(letters[1]) and not set(letters) <= _UNITS
+    # 2t is no 2, although a t may be a unit
+    return len(letters) == 1 and letters[0] not in _UNITS and None not in map(_lone, pair)
+
+
+def _clock(text: str) -> str:
+    return re.sub(r"\\text\{|[}. ]", "", _NOON.sub(r"\1m", text)).lower()
+
+
+def _lone(text: str) -> str | None:
+    return text if _TERM.fullmatch(text) or number(text) is not None else None
+
+
+@lru_cache(maxsize=4096)
+def _gold_text(gold: str) -> str:
+    readings = final_answers(gold)
+    return normalise(readings[-1] if readings else gold)
+
+
+def _parse_answer(answer: str) -> Parsed:
+    """`answer`, as `normalise` spells it, parsed."""
     if not answer:
         return []
     if re.fullmatch(r"[0-9.]+(?: [0-9.]+)+", answer):
         return [answer]  # math-verify adds the numbers up: "12 34" would be 46
-    if re.fullmatch(r"[A-Za-z][A-Za-z' -]{3,}", answer):
+    if _WORDS.fullmatch(answer):
         answer = rf"\text{{{answer}}}"  # a word; as a product its letters could change places
-    is_percentage = re.fullmatch(r"[^%,;]+?\\?%", answer) is not None
-    if is_percentage:
-        answer = answer.rstrip("%").rstrip("\\")
+    if (term := _TERM.fullmatch(answer)) and term[1] not in _UNITS:
+        factors = "".join(rf"\cdot {{{letter}}}" for letter in term[1])
+        answer = answer[: term.start(1)] + factors  # or math-verify takes the t of 2t for a unit
+    parts = answer.split(",")
+    are_percentages = all(part.rstrip().endswith("%") and part.count("%") == 1 for part in parts)
+    if are_percentages:
+        answer = re.sub(r"\\?%", "", answer)
     answer = re.sub(r"\\?%", r"\\cdot\\frac{1}{100}", answer)  # antlr 4.9.3 cannot read the sign
-    parsed = parse(rf"\boxed{{{answer}}}", targets, parsing_timeout=None)
-    if not is_percentage:
+    # The whole box or nothing: a number that stands somewhere in it is no answer.
+    parsed = parse(
+        rf"\boxed{{{answer}}}", (_LATEX,), extraction_mode="first_match", parsing_timeout=None
+    )
+    if not are_percentages:
         return parsed
-    return [f"{part}%" if isinstance(part, str) else convert_to_pct(part) for part in parsed]
+    try:
+        return [_percentage(part) for part in parsed]
+    except Exception:  # sympy's, of any type
+        return [part for part in parsed if isinstance(part, str)]
+
+
+def _percentage(part: Basic | MatrixBase | str) -> Basic | MatrixBase | str:
+    if isinstance(part, str):
+        return f"{part}%"
+    if isinstance(part, Eq):
+        return Eq(part.lhs, _percentage(part.rhs), evaluate=False)
+    if isinstance(part, (FiniteSet, Tuple)):
+        return type(part)(*map(_percentage, part.args))
+    return convert_to_pct(part.doit() if part.is_number else part)

@@ -26,7 +26,7 @@ import torch
 
 from rlzoo.errors import UserError
 from rlzoo.rewards.base import Scores, Verdict
-from rlzoo.rewards.math import boxed_answer
+from rlzoo.rewards.boxes import shorten
 from rlzoo.rewards.worker import PID_BYTES
 from rlzoo.types import Prompt
 from rlzoo.values import AtLeast1, Positive
@@ -344,12 +344,6 @@ class MathReward:
     def close(self) -> None:
         """End the worker processes; a later call starts them again."""
         self.pool.close()
-
-
-def shorten(response: str) -> str:
-    """The part of a response that decides its verdict: its last box, or all of it without one."""
-    boxed = boxed_answer(response)
-    return response if boxed is None else rf"\boxed{{{boxed}}}"
 
 
 def _at_least(key: str, value: float, least: float) -> float:
