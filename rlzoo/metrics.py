@@ -58,6 +58,8 @@ class PassMetrics(Metric):
             group_ids: [N] integers, equal within a group; in any order. A group split over two
                 calls would count as two prompts.
         """
+        if not rewards.isfinite().all():
+            raise UserError("Rewards are not finite, so that nobody can say how many are right.")
         _, group = group_ids.unique(return_inverse=True)  # [N] in [0, P)
         num_responses = group.bincount().double()  # [P]
         num_correct = group.bincount(weights=is_right(rewards).double())  # [P]

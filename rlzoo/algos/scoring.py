@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rlzoo.algos.optimization import OptimizationModule
 from rlzoo.distributed import all_gather, world
-from rlzoo.doctor import gap_figures, likely_cause
+from rlzoo.algos.gap import GapWatch
+from rlzoo.diagnosis import suspects
+from rlzoo.doctor import Evidence, Setting, not_finite
 from rlzoo.errors import UserError, check_at_least
 from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import Plan, collate
@@ -33,7 +35,7 @@ class ScoringModule(OptimizationModule):
         max_tokens_per_microbatch: a larger microbatch is computed in pieces, each recomputed in
             the backward pass, so that memory stays bounded.
         max_logprob_gap: mean |trainer - engine| log-prob, nats, over which the first rollout step
-            stops the run.
+            stops the run; a later one if it is also over 5 times the first one's.
         pad_token_id: fills microbatches.
     """
 
@@ -62,8 +64,9 @@ class ScoringModule(OptimizationModule):
         self.needs_reference, self.temperature = needs_reference, temperature
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.max_logprob_gap, self.pad_token_id = max_logprob_gap, pad_token_id
+        self.gap_watch = GapWatch(max_logprob_gap)
+        self.evidence = Evidence()  # of engine and trainer before the first draw; the doctor's
         self.entropy_gradient = False  # True where the loss has an entropy term
-        self._gaps: list[Tensor] = []  # |trainer - engine| of the rollout step's tokens, nats
         self._reference: list[nn.Module] = []  # in a list: not among the module's parameters
 
     # --- one microbatch ---------------------------------------------------------------------
@@ -130,7 +133,7 @@ class ScoringModule(OptimizationModule):
             indices: the rollouts to score.
             old: whether the weights that sampled score too, not the reference alone.
         """
-        self._gaps = []
+        self.gap_watch.begin()
         if not (old or self.needs_reference or self.extra_scores):
             return
         rank, world_size = world()
@@ -161,21 +164,57 @@ class ScoringModule(OptimizationModule):
 
     def note_gap(self, logprobs: Tensor, sampler_logprobs: Tensor) -> None:
         """Adds |trainer - engine| log-probs of the same tokens and weights to the step's."""
-        self._gaps.append((logprobs - sampler_logprobs).abs().float().cpu())
+        self.gap_watch.note(logprobs, sampler_logprobs)
 
     def gap(self) -> dict[str, float]:
         """`rlzoo.doctor.gap_figures` of the rollout step so far, over all ranks; collective."""
-        noted = [gaps for part in all_gather(self._gaps) for gaps in part]
-        return gap_figures(torch.cat(noted)) if noted else {}
+        return self.gap_watch.figures()
 
-    def check_gap(self) -> None:
-        mean_gap = self.gap().get("logprob_gap/mean", 0.0)
-        if mean_gap > self.max_logprob_gap:
-            raise UserError(
-                f"The engine's log-probs differ from the trainer's by {mean_gap:.3g} nats a token"
-                f" on average (algo.max_logprob_gap={self.max_logprob_gap}): the policy would be"
-                f" trained on another model's rollouts. Likely cause: {likely_cause(self._gaps)}."
+    def check_gap(self, rollouts: Rollouts | None = None) -> None:
+        """Stops the run if the engine draws from another policy than the trainer's; collective.
+
+        Args:
+            rollouts: of the step, to tell the cause by; without them it is the first step's.
+
+        Raises:
+            UserError: `GapWatch.too_far`, on every rank.
+        """
+        first = rollouts is None or rollouts.rollout_step == 0
+        limit = self.gap_watch.too_far(first)
+        if limit is None:
+            return
+        if any(self.gap_watch.odd_anywhere):
+            raise UserError(self.not_finite())
+        since = "" if first else self.gap_watch.since_the_first()
+        raise UserError(
+            f"The engine's log-probs differ from the trainer's by {self.gap()['logprob_gap/mean']:.3g}"
+            f" nats a token on average (algo.max_logprob_gap={self.max_logprob_gap}): the policy would"
+            f" be trained on another model's rollouts.{since} Likely cause:"
+            f" {self.cause_of_gap(rollouts)}."
+        )
+
+    def cause_of_gap(self, rollouts: Rollouts | None) -> str:
+        """`rlzoo.doctor.likely_cause`, rank 0's on every rank; collective."""
+        flat = torch.cat([torch.zeros(0), *self.gap_watch.gaps])
+        gaps, found = list(flat.split(2)), []  # no place in a response is known
+        if rollouts is not None:
+            old = rollouts.scores.get("old_logprobs", [])
+            pairs = zip(old, rollouts.sampler_logprobs, strict=bool(old))
+            gaps = [(ours - theirs).abs() for ours, theirs in pairs if len(ours)] or gaps
+            found = suspects(
+                self.policy,
+                rollouts,
+                self.temperature,
+                self.evidence.setting or Setting(),
+                self.trainer.precision_plugin.forward_context,
             )
+        return all_gather(self.evidence.cause(gaps, found, self.temperature))[0]
+
+    def not_finite(self) -> str:
+        """What to say of log-probs that are no numbers; collective."""
+        broken = [name for name, weight in self.named_weights() if not weight.isfinite().all()]
+        ours, theirs = self.gap_watch.odd_anywhere
+        return not_finite(ours, theirs, broken, self.evidence.setting)
 
     # --- models -----------------------------------------------------------------------------
 
@@ -188,6 +227,14 @@ class ScoringModule(OptimizationModule):
     def reference_policy(self) -> AbstractContextManager[nn.Module]:
         """The initial policy, for as long as the context lasts."""
         return nullcontext(self._reference[0]) if self._reference else adapters_off(self.policy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["first_gap"] = self.gap_watch.first
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.gap_watch.first = checkpoint.get("first_gap")  # older ones have none
 
     @property
     def side_models(self) -> list[nn.Module]:

@@ -43,7 +43,18 @@ def gvm_budgets(
         total: responses to share out.
         n_min: floor for every prompt, unsolved ones included.
         n_max: ceiling for every prompt; null is none, as in the paper.
+
+    Raises:
+        UserError: rates or norms that are not finite, of which no budget follows.
     """
+    broken = ~(np.isfinite(accept_rates) & np.isfinite(grad_norms))
+    if broken.any():
+        raise UserError(
+            f"sampler=gvm cannot share out responses: of {broken.sum()} of {len(broken)} prompts the"
+            " pilots' acceptance rate or gradient norm is not finite. The policy's numbers outgrow"
+            " their format: take model.dtype=float32 or bfloat16, or trainer.precision=32-true or"
+            " bf16-mixed; sampler=uniform asks for no norms."
+        )
     weights = gvm_weights(accept_rates, grad_norms, alpha, beta)
     if weights.sum() == 0:
         weights = np.ones_like(weights)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlzoo.data.shares import share_out
 from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Engine, Request, Response, SamplingParams
+from rlzoo.errors import UserError
 from rlzoo.ledger import Ledger
 from rlzoo.progress import Bars
 from rlzoo.rewards.base import Reward, Scores
@@ -85,6 +86,7 @@ class Drawer:
             parts = all_gather((list(zip(mine, scored, strict=True)), seconds))
             pairs = sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])
             rollouts = assemble(prompts, budgets, [s for _, s in pairs], version, rollout_step)
+        check_finite(rollouts, stream, self.engine)
         rollouts.sampling_seconds = max(seconds for _, seconds in parts)  # the slowest rank's
         self.ledger.drew(stream, rollouts.lengths.tolist())
         return rollouts
@@ -159,6 +161,18 @@ def assemble(
         rollout_step=rollout_step,
         num_near_ties=sum(response.near_ties for response in responses),
     )
+
+
+def check_finite(rollouts: Rollouts, stream: str, engine: Engine) -> None:
+    """Raises a UserError if log-probs of the engine are NaN or inf: what it drew is then noise."""
+    lost = sum(int((~logprobs.isfinite()).sum()) for logprobs in rollouts.sampler_logprobs)
+    if lost:
+        raise UserError(
+            f"The engine's log-probs are not finite: {lost} of {int(rollouts.lengths.sum())} tokens"
+            f" (stream {stream}), although the weights that it was given are. Its numbers outgrow"
+            f" {engine.dtype}: take engine.dtype=bfloat16 or float32 (engine=transformers: model.dtype), or"
+            " look for what else is wrong with the engine with doctor=true."
+        )
 
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:

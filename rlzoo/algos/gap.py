@@ -1,0 +1,85 @@
+"""The gap between engine and trainer of a rollout step, over all ranks, and when it stops a run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlzoo.distributed import all_gather
+from rlzoo.doctor import gap_figures
+
+LATER = 5.0  # times the first step's gap that a later one may have, where that is over the limit
+
+
+class GapWatch:
+    """|trainer - engine| log-probs of the same tokens and weights.
+
+    Args:
+        limit: `algo.max_logprob_gap`, mean nats a token.
+
+    Attributes:
+        first: mean gap of the run's first rollout step, nats; None before it.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.first: float | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets the rollout step before."""
+        self.gaps: list[Tensor] = []  # [tokens] each, nats, of this rank
+        self.odd = [0, 0]  # log-probs that are not finite, of the trainer and of the engine
+        self._figures: dict[str, float] | None = None
+
+    def note(self, logprobs: Tensor, sampler_logprobs: Tensor) -> None:
+        """Adds some tokens' log-probs, trainer's and engine's."""
+        for i, mine in enumerate((logprobs, sampler_logprobs)):
+            self.odd[i] += int((~mine.isfinite()).sum())
+        self.gaps.append((logprobs - sampler_logprobs).abs().float().cpu())
+        self._figures = None
+
+    def figures(self) -> dict[str, float]:
+        """`gap_figures` of the rollout step so far, over all ranks; collective if tokens were
+        noted since the last call, which must be so on all ranks or none."""
+        if self._figures is None:
+            parts = all_gather((self.gaps, self.odd))
+            self.odd_anywhere = [sum(odd[i] for _, odd in parts) for i in range(2)]
+            noted = [gaps for part, _ in parts for gaps in part]
+            self._figures = gap_figures(torch.cat(noted)) if noted else {}
+        return self._figures
+
+    def too_far(self, first: bool) -> float | None:
+        """The limit that the step's mean gap is over, nats, or None; collective as `figures`.
+
+        Args:
+            first: whether this is the run's first rollout step. A later one may have as much as
+                LATER times the gap of the first, or any where that is not known (after a resume of
+                an older checkpoint), and is then what later ones are measured by. A gap that is no
+                number is over any limit at first, and later if the engine's log-probs are the
+                cause: what the trainer's own do to an update, `max_skipped_updates` sees to.
+        """
+        figures = self.figures()
+        mean = figures.get("logprob_gap/mean")
+        if mean is None:
+            return None
+        known = math.inf if self.first is None else LATER * self.first
+        limit = self.limit if first else max(self.limit, known)
+        ours, theirs = self.odd_anywhere
+        broken = ours + theirs > 0 if first else theirs > ours
+        if broken or (not mean <= limit and not (math.isnan(mean) and not first)):
+            return limit
+        if self.first is None and not math.isnan(mean):
+            self.first = mean
+        return None
+
+    def since_the_first(self) -> str:
+        return (
+            f" In the first rollout step it was {self.first:.2g}: what has changed since is the"
+            " weights, so look at the weight sync and, on a GPU, at the engine's sleep"
+            " (engine.sleep_level)."
+            if self.first is not None
+            else ""
+        )
