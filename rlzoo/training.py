@@ -25,6 +25,7 @@ from rlzoo.callbacks.restore import Restore
 from rlzoo.checkpoints import kind_of, saved_by, whole_weights
 from rlzoo.engines.shapes import empty_model, expected_shapes
 from rlzoo.errors import UserError, check_choice
+from rlzoo.idle import check_idle
 from rlzoo.ledger import Limits
 from rlzoo.models.lora import check_lora, lora_settings
 from rlzoo.models.policy import eos_token_ids, load_tokenizer, model_directory
@@ -51,6 +52,7 @@ def train(cfg: DictConfig) -> None:
     lock = claim(run_dir, resuming=cfg.ckpt_path is not None) if is_first() else None
     run_dir.mkdir(parents=True, exist_ok=True)
     quieten(run_dir)
+    check_idle(cfg)
     set_up_process(cfg)
     checkpoint, state = find_checkpoint(cfg.ckpt_path, run_dir)
     exact = check_resume(cfg, checkpoint, state)

@@ -1,0 +1,176 @@
+"""Settings that somebody gave on the command line and that would do nothing in this run.
+
+A default may lie idle: `sampler.*` under `algo=sft`. What was asked for may not, or a study varies
+a number that no run has read. Most is refused; what depends on the machine alone is a warning, so
+that one command serves a laptop and a node of GPUs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
+from typing import Any, NamedTuple
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from rlzoo.data.sft import SFTDataModule
+from rlzoo.engines.select import why_not_vllm
+from rlzoo.errors import UserError
+from rlzoo.ranks import is_first
+from rlzoo.values import shown
+
+log = logging.getLogger(__name__)
+
+
+class Idle(NamedTuple):
+    keys: str  # patterns of dotted keys, spaces between
+    when: Callable[[DictConfig], bool]  # the configuration under which they do nothing
+    why: str
+
+
+def supervised(cfg: DictConfig) -> bool:
+    target = get_object(cfg.datamodule._target_)
+    return isinstance(target, type) and issubclass(target, SFTDataModule)
+
+
+def without(*names: str) -> Callable[[DictConfig], bool]:
+    """Whether a node was left out, by null or by ~."""
+    return lambda cfg: any(OmegaConf.select(cfg, name) is None for name in names)
+
+
+def unread(key: str) -> Callable[[DictConfig], bool]:
+    """Whether nothing has the value of a key of train.yaml's."""
+    return lambda cfg: f"${{{key}}}" not in str(OmegaConf.to_container(cfg, resolve=False))
+
+
+def engine_is(name: str) -> Callable[[DictConfig], bool]:
+    """Whether an engine is taken, as far as can be told before it starts."""
+
+    def found(cfg: DictConfig) -> bool:
+        path = cfg.engine._target_.rpartition(".")[2]
+        if path == "auto_engine":
+            path = "TransformersEngine" if why_not_vllm() else "VLLMEngine"
+        return path == name
+
+    return found
+
+
+def no_cuda(cfg: DictConfig) -> bool:
+    return not torch.cuda.is_available()
+
+
+REFUSED = [
+    Idle(
+        "limits.max_responses limits.max_tokens",
+        supervised,
+        "algo=sft draws no responses. Use limits.max_updates or limits.max_seconds.",
+    ),
+    Idle(
+        "engine.* sampler.* reward.* val_every replay doctor",
+        supervised,
+        "algo=sft draws and judges nothing.",
+    ),
+    Idle("val_every", without("callbacks.validation"), "callbacks.validation is left out."),
+    Idle("doctor", without("callbacks.doctor"), "callbacks.doctor is left out."),
+    Idle("doctor", lambda cfg: bool(cfg.replay), "replay draws nothing that could be compared."),
+    Idle(
+        "resume",
+        lambda cfg: cfg.resume != "exact" and cfg.ckpt_path is None,
+        "nothing is resumed. Add ckpt_path=last.",
+    ),
+    Idle("lr", unread("lr"), "no setting reads it. Is it algo.optimizer.lr?"),
+    Idle("critic_lr", unread("critic_lr"), "no setting reads it: only algo=ppo has a critic."),
+    Idle(
+        "data.val_fraction",
+        lambda cfg: cfg.data.get("val_path") is not None,
+        "data.val_path has the validation prompts.",
+    ),
+    Idle(
+        "data.test_fraction",
+        lambda cfg: cfg.data.get("test_path") is not None,
+        "data.test_path has the test prompts.",
+    ),
+    Idle(
+        "strategy.persistence_threshold",
+        lambda cfg: cfg.strategy.get("stage") != 3,
+        "parameters stay whole in stages 1 and 2. Take strategy=deepspeed_zero3.",
+    ),
+    Idle(
+        "callbacks.checkpoint.keep_best",
+        lambda cfg: OmegaConf.select(cfg, "callbacks.checkpoint.monitor") is None,
+        "callbacks.checkpoint.monitor is null, so there is no best.",
+    ),
+    Idle(
+        "callbacks.weight_sync.probe_tolerance",
+        engine_is("TransformersEngine"),
+        "engine=transformers is compared by a checksum of its weights.",
+    ),
+    Idle(
+        "callbacks.weight_sync.probe_tolerance",
+        lambda cfg: OmegaConf.select(cfg, "callbacks.weight_sync.check") == "never",
+        "callbacks.weight_sync.check=never compares nothing.",
+    ),
+]
+WARNED = [
+    Idle("engine.vllm.*", engine_is("TransformersEngine"), "engine=auto takes transformers here."),
+    Idle("engine.transformers.*", engine_is("VLLMEngine"), "engine=auto takes vLLM here."),
+    Idle(
+        "engine.gpu_memory_share engine.sleep_level engine.chunked_prefill engine.enforce_eager",
+        no_cuda,
+        "there is no CUDA device here.",
+    ),
+    Idle("datamodule.val_responses", without("callbacks.validation"), "nothing is validated."),
+    Idle("data.num_test data.test_path", lambda cfg: True, "training reads no test prompts."),
+]
+
+
+def check_idle(cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
+    """Refuses, or warns of, settings of the command line that nothing would read.
+
+    Args:
+        overrides: of the command line; Hydra's own if None, and none where Hydra is not running.
+
+    Raises:
+        UserError: there are such; one message for all.
+    """
+    if overrides is None:
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    told = [
+        f"{key}={shown(value)} would do nothing: {rule.why}"
+        for key, value in given(overrides)
+        if (rule := first(REFUSED, key, cfg))
+    ]
+    if told:
+        raise UserError("\n".join(told))
+    for key, value in given(overrides):
+        if is_first() and (rule := first(WARNED, key, cfg)):
+            log.warning("%s=%s does nothing: %s", key, shown(value), rule.why)
+
+
+def first(rules: Sequence[Idle], key: str, cfg: DictConfig) -> Idle | None:
+    for rule in rules:
+        if any(fnmatch(key, pattern) for pattern in rule.keys.split()) and rule.when(cfg):
+            return rule
+    return None
+
+
+def given(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of what was asked for; null, false and 0 ask for nothing."""
+    for text in overrides:
+        override = OverridesParser.create().parse_override(text)
+        if not override.is_delete():
+            yield from leaves(override.key_or_group, override.value())
+
+
+def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaves(f"{key}.{name}", inner)
+    elif value:
+        yield key, value
+

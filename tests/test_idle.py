@@ -1,0 +1,177 @@
+"""What was set on the command line acts, is refused by name, or is said to do nothing here."""
+
+import inspect
+import logging
+
+import lightning
+import pytest
+
+from rlzoo.errors import UserError
+from rlzoo.idle import REFUSED, WARNED, check_idle
+from rlzoo.schema import check_settings
+from rlzoo.trainer_keys import ACTS, FIXED
+from tests import warm
+from tests.test_values import compose
+
+SFT = ("algo=sft", "limits.max_updates=10")
+IDLE = {
+    # overrides: the key that would do nothing
+    ("limits.max_responses=64", *SFT): "limits.max_responses=64",
+    ("limits.max_tokens=64", *SFT): "limits.max_tokens=64",
+    ("engine=transformers", "engine.max_rows=8", *SFT): "engine.max_rows=8",
+    ("reward.num_workers=4", *SFT): "reward.num_workers=4",
+    ("sampler=gvm", "sampler.callback.pilots=3", *SFT): "sampler.callback.pilots=3",
+    ("val_every=4", *SFT): "val_every=4",
+    ("doctor=true", *SFT): "doctor=true",
+    ("val_every=4", "callbacks.validation=null"): "val_every=4",
+    ("val_every=4", "~callbacks.validation"): "val_every=4",
+    ("doctor=true", "callbacks.doctor=null"): "doctor=true",
+    ("doctor=true", "replay=elsewhere", "sampler=uniform"): "doctor=true",
+    ("resume=weights",): "resume=weights",
+    ("lr=0.1", "algo.optimizer.lr=0.2"): "lr=0.1",
+    ("critic_lr=0.1",): "critic_lr=0.1",
+    ("data=jsonl", "data.path=a", "data.val_path=b", "data.val_fraction=0.1"): "data.val_fraction",
+    ("data=jsonl", "data.path=a", "data.test_path=b", "data.test_fraction=0.1"): "data.test_fraction",
+    ("strategy=deepspeed_zero2", "strategy.persistence_threshold=10"): "strategy.persistence_thres",
+    ("callbacks.checkpoint.monitor=null", "callbacks.checkpoint.keep_best=3"): "keep_best=3",
+    ("engine=transformers", "callbacks.weight_sync.probe_tolerance=0.1"): "probe_tolerance=0.1",
+    ("callbacks.weight_sync={check: never, probe_tolerance: 0.1}",): "probe_tolerance=0.1",
+    ("engine=transformers", "engine.device=cpu", *SFT): "engine.device='cpu'",
+}
+WARNINGS = {
+    ("engine.vllm.max_num_seqs=8",): "engine.vllm.max_num_seqs=8 does nothing: engine=auto takes tr",
+    ("engine=vllm", "engine.sleep_level=1"): "engine.sleep_level=1 does nothing: there is no CUDA",
+    ("engine=vllm", "engine.gpu_memory_share=0.5"): "engine.gpu_memory_share=0.5 does nothing",
+    ("data.num_test=16",): "data.num_test=16 does nothing: training reads no test prompts",
+    ("datamodule.val_responses=4", "~callbacks.validation"): "datamodule.val_responses=4 does noth",
+}
+ACTING = [
+    ("limits.max_responses=null", *SFT),
+    ("val_every=4", "resume=exact", "replay=null", "doctor=false"),
+    ("lr=0.1", "critic_lr=0.1", "algo=ppo"),
+    ("resume=weights", "ckpt_path=last"),
+    ("data=jsonl", "data.path=a", "data.val_fraction=0.1", "data.val_path=null"),
+    ("strategy=deepspeed_zero3", "strategy.persistence_threshold=10"),
+    ("engine=vllm", "callbacks.weight_sync.probe_tolerance=0.1"),
+    ("engine=auto", "engine.transformers.max_rows=8"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.mark.parametrize(("overrides", "words"), IDLE.items(), ids=str)
+def test_a_setting_that_would_do_nothing_is_refused(overrides, words):
+    with pytest.raises(UserError) as raised:
+        check_idle(compose(*overrides), overrides)
+    assert words in str(raised.value) and "would do nothing: " in str(raised.value)
+
+
+@pytest.mark.parametrize(("overrides", "words"), WARNINGS.items(), ids=str)
+def test_a_setting_that_does_nothing_on_this_machine_is_said(overrides, words, caplog):
+    with caplog.at_level(logging.WARNING):
+        check_idle(compose(*overrides), overrides)
+    assert words in caplog.text
+
+
+@pytest.mark.parametrize("overrides", ACTING, ids=" ".join)
+def test_a_setting_that_acts_passes_unsaid(overrides, caplog):
+    check_idle(compose(*overrides), overrides)
+    assert caplog.text == ""
+
+
+def test_settings_of_the_engine_that_auto_does_not_take_are_said(caplog, monkeypatch):
+    monkeypatch.setattr("rlzoo.idle.why_not_vllm", lambda: None)
+    overrides = ["engine.transformers.max_rows=8", "engine.vllm.max_num_seqs=8"]
+    check_idle(compose(*overrides), overrides)
+    assert "engine.transformers.max_rows=8 does nothing: engine=auto takes vLLM here" in caplog.text
+    assert "max_num_seqs" not in caplog.text
+
+
+def test_every_rule_is_tried():
+    """A rule that no case above meets might never fire."""
+    tried = "engine.transformers." + " ".join(part for overrides in [*IDLE, *WARNINGS] for part in overrides)
+    for rule in [*REFUSED, *WARNED]:
+        assert any(key.rstrip("*") in tried for key in rule.keys.split()), rule.keys
+
+
+def test_a_run_refuses_an_idle_setting_of_its_command_line(tmp_path):
+    message = warm.refused(tmp_path / "run", "critic_lr=0.1")
+    assert "critic_lr=0.1 would do nothing" in message
+
+
+# --- Lightning's Trainer -------------------------------------------------------------------------
+
+
+def test_every_argument_of_lightnings_trainer_has_its_place():
+    known = set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self"}
+    assert known == ACTS.keys() | FIXED.keys(), "a new argument acts, or is refused, by name"
+    assert not ACTS.keys() & FIXED.keys()
+
+
+OTHER = {  # a value that Lightning takes and that is not the one that rlzoo has
+    "max_epochs": 3,
+    "min_epochs": 2,
+    "max_steps": 3,
+    "min_steps": 2,
+    "max_time": "00:00:01:00",
+    "fast_dev_run": True,
+    "gradient_clip_algorithm": "value",
+    "limit_train_batches": 0.5,
+    "overfit_batches": 2,
+    "limit_val_batches": 2,
+    "limit_test_batches": 2,
+    "limit_predict_batches": 2,
+    "val_check_interval": 2,
+    "check_val_every_n_epoch": 2,
+    "num_sanity_val_steps": 2,
+    "log_every_n_steps": 5,
+    "enable_checkpointing": True,
+    "enable_progress_bar": True,
+    "use_distributed_sampler": True,
+    "reload_dataloaders_every_n_epochs": 1,
+    "inference_mode": False,
+    "sync_batchnorm": True,
+    "barebones": True,
+    "enable_autolog_hparams": False,
+    "default_root_dir": "elsewhere",
+    "model_registry": "elsewhere",
+    "logger": True,
+    "callbacks": "[{_target_: lightning.Callback}]",
+    "plugins": "[]",
+    "strategy": "ddp",
+}
+NOT_SO = {  # values of arguments that act, which would do something else than they say
+    "accelerator": ["tpu", "auto", "mps", "null"],
+    "devices": ["auto", "-1", "[0,1]", "'2'", "0", "1.5"],
+    "num_nodes": ["0", "true"],
+    "precision": ["16-mixed", "16-true", "transformer-engine", "16", "fp8"],
+    "accumulate_grad_batches": ["0", "2.0"],
+    "gradient_clip_val": ["-1", "nan", "inf", "'1'"],
+    "deterministic": ["maybe"],
+    "benchmark": ["maybe"],
+    "detect_anomaly": ["2"],
+    "enable_model_summary": ["full"],
+    "profiler": ["xla", "true"],
+}
+
+
+def test_every_argument_that_is_not_the_users_is_refused_with_what_to_use():
+    assert OTHER.keys() == FIXED.keys()
+    overrides = [f"++trainer.{name}={value}" for name, value in OTHER.items()]
+    for override in overrides:
+        with pytest.raises(UserError) as raised:
+            check_settings(compose(override))
+        key = override.removeprefix("++").partition("=")[0]
+        assert str(raised.value).startswith(f"{key} must be "), override
+        assert str(raised.value).endswith(f"{FIXED[key.partition('.')[2]][1]}."), override
+
+
+def test_values_that_would_do_something_else_are_refused():
+    assert NOT_SO.keys() == ACTS.keys()
+    for name, values in NOT_SO.items():
+        for value in values:
+            with pytest.raises(UserError, match=rf"^trainer\.{name} must be "):
+                check_settings(compose(f"++trainer.{name}={value}"))
