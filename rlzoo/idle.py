@@ -140,16 +140,20 @@ def check_idle(cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
     """
     if overrides is None:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    told = [
-        f"{key}={shown(value)} would do nothing: {rule.why}"
+    problems = [
+        f"{key}={told(value)} would do nothing: {rule.why}"
         for key, value in given(overrides)
         if (rule := first(REFUSED, key, cfg))
     ]
-    if told:
-        raise UserError("\n".join(told))
+    if problems:
+        raise UserError("\n".join(problems))
     for key, value in given(overrides):
         if is_first() and (rule := first(WARNED, key, cfg)):
-            log.warning("%s=%s does nothing: %s", key, shown(value), rule.why)
+            log.warning("%s=%s does nothing: %s", key, told(value), rule.why)
+
+
+def told(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)
 
 
 def first(rules: Sequence[Idle], key: str, cfg: DictConfig) -> Idle | None:

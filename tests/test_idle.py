@@ -36,7 +36,7 @@ IDLE = {
     ("callbacks.checkpoint.monitor=null", "callbacks.checkpoint.keep_best=3"): "keep_best=3",
     ("engine=transformers", "callbacks.weight_sync.probe_tolerance=0.1"): "probe_tolerance=0.1",
     ("callbacks.weight_sync={check: never, probe_tolerance: 0.1}",): "probe_tolerance=0.1",
-    ("engine=transformers", "engine.device=cpu", *SFT): "engine.device='cpu'",
+    ("engine=transformers", "engine.device=cpu", *SFT): "engine.device=cpu",
 }
 WARNINGS = {
     ("engine.vllm.max_num_seqs=8",): "engine.vllm.max_num_seqs=8 does nothing: engine=auto takes tr",
