@@ -8,6 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlzoo.models.logits import (
+    PLAIN,
+    LogitTransform,
+    backbone_of,
+    transform_of,
+    vocabulary_size,
+)
 from rlzoo.types import RolloutBatch
 
 CHUNK_ELEMENTS = 2**26  # logits held at once, elements of float32 (256 MiB)
@@ -24,6 +31,7 @@ def token_scores(
     tokens: Tensor,
     temperature: float,
     entropy_gradient: bool = False,
+    transform: LogitTransform = PLAIN,
 ) -> TokenScores:
     """Log-prob and entropy at M positions.
 
@@ -33,10 +41,11 @@ def token_scores(
         tokens: [M] int64.
         temperature: logits are divided by it, as they were in sampling.
         entropy_gradient: whether the entropy carries gradient, for an entropy bonus.
+        transform: from the head's output to the model's logits.
     """
 
     def chunk_scores(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(h).float() / temperature  # [m, V]
+        logits = transform(head(h).float()) / temperature  # [m, V]
         log_norm = logits.logsumexp(-1)
         logprobs = logits.gather(-1, t[:, None])[:, 0] - log_norm
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
@@ -57,16 +66,12 @@ def token_scores(
     return TokenScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def vocabulary_size(head: nn.Module) -> int:
-    return getattr(head, "out_features", None) or head.weight.shape[0]
-
-
 def response_hidden(policy: nn.Module, batch: RolloutBatch) -> Tensor:
     """[M, D] hidden states that predict the M response tokens of a microbatch, row by row.
 
     Rows are padded on the right, so causal attention alone keeps padding out of every response.
     """
-    hidden = policy.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = backbone_of(policy)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     rows, offsets = batch.response_mask.nonzero(as_tuple=True)
     return hidden[rows, batch.prompt_lengths[rows] - 1 + offsets]
 
@@ -87,7 +92,9 @@ def response_scores(
         hidden = response_hidden(policy, batch)
     tokens = batch.response_ids[batch.response_mask]
     head = policy.get_output_embeddings()
-    scores = token_scores(hidden, head, tokens, temperature, entropy_gradient)
+    scores = token_scores(
+        hidden, head, tokens, temperature, entropy_gradient, transform_of(policy)
+    )
     return TokenScores(*(spread(score, batch.response_mask) for score in scores))
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from rlzoo.errors import UserError
 from rlzoo.models.gather import load_whole, whole
+from rlzoo.models.checks import check_placed
 from rlzoo.models.lora import is_adapter, lora_of, whole_weights_of
 from rlzoo.models.precision import float_buffers, put_back
 from rlzoo.rng import derive_seed
@@ -61,6 +62,9 @@ class OptimizationModule(lightning.LightningModule):
         """Builds every network, where a strategy can shard it."""
         self.noise_seed = torch.initial_seed()
         self.policy = self.policy_factory().train()
+
+    def on_fit_start(self) -> None:
+        check_placed(self.policy)
 
     @property
     def model_name(self) -> str:

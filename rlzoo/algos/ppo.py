@@ -13,6 +13,7 @@ from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.logprobs import response_hidden, response_scores, spread
 from rlzoo.losses import LossOutput, value_loss
 from rlzoo.models.critic import Critic
+from rlzoo.models.logits import hidden_size
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
 
@@ -73,7 +74,7 @@ class PPO(ClippedPolicyAlgorithm):
     def build_models(self) -> None:
         super().build_models()
         backbone = self.policy_factory().train() if self.critic_kind == "separate" else None
-        self.critic = Critic(self.policy.config.hidden_size, backbone)
+        self.critic = Critic(hidden_size(self.policy.get_output_embeddings()), backbone)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         (actor,) = super().parameter_groups()

@@ -9,10 +9,11 @@ from rlzoo.callbacks.replan import Replan
 from rlzoo.callbacks.weight_sync import WeightSync
 from rlzoo.distributed import all_gather, world
 from rlzoo.errors import UserError
-from rlzoo.gradnorms import head_gradient_norm
+from rlzoo.gradnorms import head_gradient_norms
 from rlzoo.logprobs import response_hidden
 from rlzoo.microbatching import Plan, collate
 from rlzoo.models.gather import gathered_in_place, through
+from rlzoo.models.logits import transform_of
 from rlzoo.selection import correct
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
 from rlzoo.values import AtLeast1, PathText
@@ -124,10 +125,5 @@ def head_norms(policy: torch.nn.Module, batch: RolloutBatch, temperature: float)
     tokens = batch.response_ids[batch.response_mask].split(lengths)
     hidden = response_hidden(policy, batch).split(lengths)
     with gathered_in_place(head.parameters()):
-        weight, bias = head.weight.float(), getattr(head, "bias", None)  # cast once for all rows
-        return torch.stack(
-            [
-                head_gradient_norm(h, weight, t, temperature, bias)
-                for h, t in zip(hidden, tokens, strict=True)
-            ]
-        )
+        bias, transform = getattr(head, "bias", None), transform_of(policy)
+        return head_gradient_norms(hidden, head.weight, tokens, temperature, bias, transform)

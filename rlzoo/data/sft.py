@@ -17,6 +17,7 @@ from rlzoo.distributed import world
 from rlzoo.errors import UserError
 from rlzoo.ledger import Limits
 from rlzoo.microbatching import Plan, collate
+from rlzoo.models.limits import check_examples, limits_of
 from rlzoo.progress import Bars
 from rlzoo.rng import derive_seed
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
@@ -67,7 +68,7 @@ class SFTDataModule(RunDataModule):
         if corpus is not None and rollouts is not None:
             raise UserError("datamodule.corpus and datamodule.rollouts are both given: choose one.")
         if rollouts is not None:
-            corpus = accepted(rollouts, "datamodule.rollouts", tokenizer)
+            corpus = accepted(rollouts, "datamodule.rollouts")
         self.source, self.tokenizer, self.corpus = source, tokenizer, corpus
         self.batch_size, self.updates_per_step = batch_size, updates_per_step
         self.max_prompt_tokens, self.seed = max_prompt_tokens, seed
@@ -95,6 +96,7 @@ class SFTDataModule(RunDataModule):
         """A microbatch in which every response token weighs 1; a rank takes its share of the rows,
         and the divisor counts all."""
         prompts, responses = self.encode(pairs)
+        check_examples(limits_of(self.tokenizer), prompts, responses)
         num = len(pairs)
         rollouts = Rollouts(
             prompts=prompts,
@@ -162,14 +164,9 @@ def solved(prompts: list[Prompt]) -> list[tuple[str, str]]:
     """(question, solution) of every prompt.
 
     Raises:
-        UserError: a prompt has no worked solution, or is a chat.
+        UserError: a prompt has no worked solution.
     """
     for prompt in prompts:
-        if prompt.turns is not None:
-            raise UserError(
-                f"algo=sft takes plain questions, but prompt {prompt.id} is a chat. Name the turn"
-                " that asks, such as data.question_column=messages.0.content."
-            )
         if prompt.solution is None:
             raise UserError(
                 f"algo=sft needs worked solutions, but prompt {prompt.id} has none. Set"

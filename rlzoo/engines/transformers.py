@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version, weights_checksum
-from rlzoo.engines.kv_cache import SlabCache
+from rlzoo.engines.decoding import choose_decoder
 from rlzoo.engines.probe import trainer_scores
+from rlzoo.engines.shapes import checked_weights
 from rlzoo.errors import UserError
+from rlzoo.models.checks import check_placed
 from rlzoo.models.lora import without_lora
 from rlzoo.rng import uniforms
 from rlzoo.types import PolicyFactory
@@ -70,14 +72,15 @@ class TransformersEngine:
         self.model = without_lora(policy)().to(self.device).eval().requires_grad_(False)
         self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
         self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        check_placed(self.model)
+        self.decoder = choose_decoder(self.model, pad_token_id)
         self.version, self.asleep = -1, False
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         own = dict(self.model.named_parameters())
-        for name, tensor in named_tensors:
-            own.pop(name).data.copy_(tensor)
-        if own:
-            raise RuntimeError(f"A weight sync left out {sorted(own)[:3]} and {len(own)} in all.")
+        shapes = {name: parameter.shape for name, parameter in own.items()}
+        for name, tensor in checked_weights(named_tensors, shapes):
+            own[name].data.copy_(tensor)
         self.version = version
 
     def checksum(self) -> int:
@@ -126,29 +129,6 @@ class TransformersEngine:
         for start in range(0, len(pairs), self.max_rows):
             yield pairs[start : start + self.max_rows]
 
-    def _prefill(self, prompts: list[tuple[int, ...]], spare: int) -> tuple[Tensor, Tensor, SlabCache]:
-        """Runs each prompt once: logits [P, V] of its next token, mask [P, S], the cache."""
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self.pad_token_id)
-        mask = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        mask = mask.to(self.device)
-        cache = SlabCache(self.model.config.num_hidden_layers, spare)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        return self._logits(ids.to(self.device), mask, positions, cache), mask, cache
-
-    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: SlabCache) -> Tensor:
-        hidden = self.model.base_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return self.model.get_output_embeddings()(hidden[:, -1]).float()
-
     def _decode(
         self,
         requests: Sequence[Request],
@@ -167,11 +147,11 @@ class TransformersEngine:
             near_ties=torch.zeros(num, dtype=torch.long, device=device),
         )
         unique, prompt_of_row = np.unique(rows.request, return_inverse=True)
-        logits, mask, cache = self._prefill([requests[i].token_ids for i in unique], limit)
+        decoder = self.decoder(self.model, self.pad_token_id)
+        logits = decoder.prefill([requests[i].token_ids for i in unique], limit)
         expand = torch.from_numpy(prompt_of_row).to(device)
-        cache.take_rows(expand)
-        logits, mask = logits[expand], mask[expand]
-        position = mask.sum(-1)  # [R] of the next token
+        decoder.take_rows(expand)
+        logits = logits[expand]
         alive = torch.arange(num, device=device)  # rows still in the cache
         for step in range(limit):
             token, logprob, tie = draw(logits, rows.noise[alive, step], params)
@@ -186,11 +166,9 @@ class TransformersEngine:
                 break
             if going.sum() <= (1 - DROP_SHARE) * len(alive):
                 kept = going.nonzero()[:, 0]
-                cache.take_rows(kept)
-                alive, token, mask, position = alive[kept], token[kept], mask[kept], position[kept]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            logits = self._logits(token[:, None], mask, position[:, None], cache)
-            position = position + 1
+                decoder.take_rows(kept)
+                alive, token = alive[kept], token[kept]
+            logits = decoder.step(token)
         return rows
 
 

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version
@@ -26,7 +25,8 @@ from rlzoo.engines.isolation import isolated
 from rlzoo.engines.shapes import checked_weights, expected_shapes
 from rlzoo.engines.vllm_options import check_joined, check_options
 from rlzoo.errors import UserError, check_at_least, check_choice
-from rlzoo.models.policy import model_directory
+from rlzoo.models.limits import TokenLimits, check_length, longest_sequence
+from rlzoo.models.loading import load_config, model_directory
 from rlzoo.values import AtLeast1, PathText, Positive, ShareAbove0, Text
 
 GIB = 2**30
@@ -98,14 +98,9 @@ class VLLMEngine:
         check_options(options or {})
         self.path = model_directory(path)
         self.max_model_len = max_prompt_tokens + max_response_tokens
-        config = AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and self.max_model_len > longest:
-            raise UserError(
-                f"datamodule.max_prompt_tokens={max_prompt_tokens} plus"
-                f" datamodule.max_response_tokens={max_response_tokens} is {self.max_model_len},"
-                f" but {path} takes sequences of at most {longest} tokens. Lower one of the two."
-            )
+        config = load_config(path, trust_remote_code)
+        limits = TokenLimits(path, None, longest_sequence(config))
+        check_length(limits, max_prompt_tokens, max_response_tokens)
         self.trust_remote_code = trust_remote_code
         self.eos_token_ids = sorted(eos_token_ids)
         self.cuda = torch.cuda.is_available()

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version
@@ -27,7 +26,8 @@ from rlzoo.engines.private_folder import PrivateFolder
 from rlzoo.engines.shapes import checked_weights, expected_shapes
 from rlzoo.engines.weight_transfer import NcclTransfer, Replica, ask_replica, choose_transfer
 from rlzoo.errors import UserError, check_at_least, check_choice
-from rlzoo.models.policy import model_directory
+from rlzoo.models.limits import TokenLimits, check_length, longest_sequence
+from rlzoo.models.loading import load_config, model_directory
 from rlzoo.values import AtLeast1, PathText, Positive, Text
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,9 @@ class VLLMServerEngine:
         self.replicas = Replicas(addresses, timeout, key, start)
         self.eos_token_ids, self.folder = sorted(eos_token_ids), Path(folder)
         self.concurrency = concurrency
-        self.config = AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
+        self.config = load_config(path, trust_remote_code)
+        limits = TokenLimits(path, None, longest_sequence(self.config))
+        check_length(limits, max_prompt_tokens, max_response_tokens)
         self.shapes = expected_shapes(self.config, trust_remote_code)
         self.dtype = "float32"  # what the servers say, once asked
         self.version, self.asleep = -1, False  # the servers never sleep

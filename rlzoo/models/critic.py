@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rlzoo.logprobs import response_hidden
+from rlzoo.models.logits import backbone_of
 from rlzoo.types import RolloutBatch
 
 
@@ -22,7 +23,7 @@ class Critic(nn.Module):
 
     def __init__(self, hidden_size: int, backbone: nn.Module | None = None) -> None:
         super().__init__()
-        self.backbone = None if backbone is None else backbone.base_model
+        self.backbone = None if backbone is None else backbone_of(backbone)
         self.head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rlzoo.checkpoints import is_checkpoint, policy_weights
 from rlzoo.errors import UserError
+from rlzoo.models.checks import can_be_checked, check_policy
 from rlzoo.models.gather import load_whole, loading_whole
+from rlzoo.models.limits import set_limits, text_config
+from rlzoo.models.loading import (
+    TINY,
+    check_finite,
+    load_config,
+    load_model,
+    model_directory,
+    some,
+)
 from rlzoo.models.lora import add_lora
+from rlzoo.models.noise import switch_off_noise
 
-TINY = Path(__file__).parent / "tiny"  # the policy shipped with rlzoo
-
-
-def model_directory(path: str, key: str = "model.path") -> str:
-    """A directory with a model, or "tiny" for the one shipped, or a hub name.
-
-    Raises:
-        UserError: a local path that is no model directory.
-    """
-    if path == "tiny":
-        return str(TINY)
-    local = Path(path)
-    if local.is_dir() and not (local / "config.json").is_file():
-        raise UserError(
-            f"{key}={path} is a directory without config.json, so no model. Give a directory made"
-            " by save_pretrained, a hub name, or 'tiny'."
-        )
-    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise UserError(
-            f"{key}={path} does not exist. Give a directory made by save_pretrained, a hub name"
-            " such as Qwen/Qwen2.5-Math-1.5B, or 'tiny'."
-        )
-    return path
+__all__ = ["TINY", "load_policy", "load_tokenizer", "model_directory"]
+log = logging.getLogger(__name__)
 
 
 def load_policy(
@@ -68,42 +54,124 @@ def load_policy(
         lora: trains low-rank adapters alone, see `rlzoo.models.lora`; None trains all weights.
 
     Raises:
-        UserError: no model there, weights that do not fit it, or bad settings of LoRA.
+        UserError: no model there; weights that are missing, left over, broken or do not fit it; a
+            family whose log-probs rlzoo cannot take; or bad settings of LoRA.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"model.dtype must be float32, bfloat16 or float16; got {dtype!r}.")
-    try:
-        policy = AutoModelForCausalLM.from_pretrained(
-            model_directory(path),
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
+    if dtype == "float16" and lora is None:
+        raise UserError(
+            "model.dtype=float16 cannot hold weights that train: the optimizer's smallest numbers"
+            " are 0 in it, and the first update makes NaN. Take model.dtype=float32 (with"
+            " trainer.precision=16-mixed on a GPU, if you want float16 passes) or bfloat16; frozen"
+            " weights under model.lora may be float16."
         )
-    except OSError as error:
-        raise UserError(f"model.path={path} could not be loaded: {first_line(error)}") from error
+    policy = load_model(
+        path,
+        dtype=getattr(torch, dtype),
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+    )
+    source = f"model.path={path}"
     if init_from is not None:
-        load_weights(policy, init_from)
+        load_weights(policy, init_from, trust_remote_code)
+        source = f"{source} with init_from={init_from}"
+    switch_off_noise(policy)
+    if can_be_checked(policy):
+        check_policy(policy, source)
+    else:
+        policy.unchecked = source  # until its strategy has placed it
     if lora is not None:
         add_lora(policy, lora)
     if gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
+        enable_checkpointing(policy, source)
     return policy
 
 
-def load_weights(policy: nn.Module, source: str) -> None:
-    """Copies weights into a policy from a checkpoint (.ckpt), sharded or not, or a model directory."""
-    if is_checkpoint(Path(source)):
-        state = policy_weights(Path(source).resolve())
-    else:
-        directory = model_directory(source, key="init_from")
-        with loading_whole():
-            state = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+def enable_checkpointing(policy: nn.Module, source: str) -> None:
     try:
-        load_whole(policy, state)
-    except RuntimeError as error:
+        policy.gradient_checkpointing_enable()
+    except ValueError as error:
         raise UserError(
-            f"init_from={source} holds other weights than the model has: {first_line(error)}"
+            f"{source}: {type(policy).__name__} cannot recompute its activations. Set"
+            " model.gradient_checkpointing=false."
         ) from error
+
+
+def load_weights(policy: nn.Module, source: str, trust_remote_code: bool = False) -> None:
+    """Copies weights into a policy from a checkpoint (.ckpt), sharded or not, or a model directory.
+
+    Raises:
+        UserError: it holds other weights than the policy has, by their names, or some are NaN.
+    """
+    place = Path(source).expanduser()
+    if is_checkpoint(place):
+        state = policy_weights(place.resolve())
+    else:
+        with loading_whole():
+            model = load_model(
+                source, dtype="auto", trust_remote_code=trust_remote_code, key="init_from"
+            )
+        compare_configs(policy, model, source)
+        state = model.state_dict()
+    check_state(policy, state, source)
+    load_whole(policy, state)
+    check_finite(policy, f"init_from={source}")
+
+
+def check_state(policy: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raises a UserError unless a state has the policy's weights, all of them and no others."""
+    own = policy.state_dict(keep_vars=True)
+    shape = lambda t: tuple(getattr(t, "ds_shape", t.shape))  # noqa: E731
+    shared = own.keys() & state.keys()
+    faults = {
+        "lacks": own.keys() - state.keys(),
+        "has also": state.keys() - own.keys(),
+        "has another shape of": [n for n in shared if shape(own[n]) != shape(state[n])],
+        "has two values for what the model ties:": untied(own, state),
+    }
+    told_of = [f"it {what} {some(names)}" for what, names in faults.items() if names]
+    if told_of:
+        raise UserError(
+            f"init_from={source} holds other weights than {type(policy).__name__} of model.path"
+            f" has: {'; '.join(told_of)}. Take weights of the same architecture, sizes and"
+            " tie_word_embeddings."
+        )
+
+
+def untied(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Names that are one parameter of the policy's and different ones of a state's."""
+    first: dict[int, str] = {}
+    return [
+        name
+        for name, tensor in own.items()
+        if name in state
+        and (other := first.setdefault(id(tensor), name)) != name
+        and not torch.equal(state[name], state[other])
+    ]
+
+
+def compare_configs(policy: nn.Module, other: nn.Module, source: str) -> None:
+    """Refuses another architecture; says what else differs, since weights alone are taken."""
+    if type(policy) is not type(other):
+        raise UserError(
+            f"init_from={source} is a {type(other).__name__}, model.path a {type(policy).__name__}:"
+            " their weights mean different things. Take weights of the same architecture."
+        )
+    leave = ("token_id", "dtype", "use_cache", "architectures", "drop", "transformers_version")
+    ours, theirs = (text_config(m.config).to_dict() for m in (policy, other))
+    differing = [
+        f"{key}={ours.get(key)} (there {theirs.get(key)})"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+        and not key.startswith("_")
+        and not any(word in key for word in leave)
+    ]
+    if differing:
+        log.warning(
+            "init_from=%s: weights alone are taken; of config.json, model.path's stands: %s.",
+            *(source, ", ".join(differing)),
+        )
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -129,6 +197,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    set_limits(tokenizer, load_config(path, trust_remote_code), path)
     return tokenizer
 
 
@@ -136,7 +205,7 @@ def eos_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a response: the tokenizer's, and the model's generation config's."""
     try:
         extra = GenerationConfig.from_pretrained(model_directory(path)).eos_token_id
-    except OSError:
+    except (OSError, ValueError):
         extra = None
     extra = extra if isinstance(extra, list) else [extra]
     return sorted({tokenizer.eos_token_id, *(token for token in extra if token is not None)})

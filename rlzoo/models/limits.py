@@ -1,0 +1,142 @@
+"""What a model's configuration says of the tokens it can take."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from rlzoo.errors import UserError
+from rlzoo.types import Prompt
+
+log = logging.getLogger(__name__)
+
+POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+    "n_ctx",
+)
+STRETCHED = ("linear", "dynamic", "yarn")  # RoPE types that reach `factor` times as far
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that is of the language model."""
+    return config.get_text_config()
+
+
+def longest_sequence(config: PretrainedConfig) -> int | None:
+    """Tokens of prompt and response that a model has positions for; None without a limit."""
+    config = text_config(config)
+    limits = [value for key in POSITIONS if isinstance(value := getattr(config, key, None), int)]
+    if not limits or limits[0] < 1 or uses_alibi(config):
+        return None
+    return max(limits[0], *(stretched(rope, limits[0]) for rope in rope_settings(config)), 0)
+
+
+def uses_alibi(config: PretrainedConfig) -> bool:
+    """Whether positions are slopes, which reach as far as asked."""
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False))
+
+
+def rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Of rotary positions, one a kind of layers."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [rope, *(x for x in rope.values() if isinstance(x, dict))] if rope else []
+
+
+def stretched(rope: dict[str, Any], longest: int) -> int:
+    """How far rotary positions reach; 0 if nothing stretches them."""
+    if rope.get("rope_type", rope.get("type")) not in STRETCHED or not rope.get("factor"):
+        return 0
+    return int((rope.get("original_max_position_embeddings") or longest) * rope["factor"])
+
+
+class TokenLimits(NamedTuple):
+    """What a tokenizer's model takes; kept with the tokenizer, so that data can be held to it."""
+
+    path: str
+    vocabulary: int | None  # rows of the embedding
+    longest: int | None  # tokens of a sequence
+
+
+def limits_of(tokenizer: PreTrainedTokenizerBase) -> TokenLimits:
+    """What `load_tokenizer` found; nothing is limited for a tokenizer from elsewhere."""
+    return getattr(tokenizer, "token_limits", TokenLimits("the model", None, None))
+
+
+def set_limits(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, path: str
+) -> TokenLimits:
+    """Keeps a model's limits with its tokenizer, whose end and padding must lie within them.
+
+    Raises:
+        UserError: the end-of-sequence token has no row in the embedding.
+    """
+    rows = getattr(text_config(config), "vocab_size", None)
+    limits = tokenizer.token_limits = TokenLimits(path, rows, longest_sequence(config))
+    if rows is None:
+        return limits
+    if tokenizer.eos_token_id >= rows:
+        raise UserError(
+            f"The tokenizer of model.path={path} ends with {tokenizer.eos_token!r}, token"
+            f" {tokenizer.eos_token_id}, but the model's embedding has {rows} rows (vocab_size), so"
+            " no response could ever end. Use the tokenizer that the model was trained with."
+        )
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        log.warning(
+            "model.path=%s: the padding token %r lies outside of the model's embedding (%d rows);"
+            " %r fills batches in its place, which changes no log-prob.",
+            *(path, tokenizer.pad_token, rows, tokenizer.eos_token),
+        )
+        tokenizer.pad_token = tokenizer.eos_token
+    return limits
+
+
+def check_length(limits: TokenLimits, max_prompt_tokens: int, max_response_tokens: int) -> None:
+    """Raises a UserError unless the longest prompt and response have positions in the model."""
+    asked = max_prompt_tokens + max_response_tokens
+    if limits.longest is not None and asked > limits.longest:
+        raise UserError(
+            f"datamodule.max_prompt_tokens={max_prompt_tokens} plus"
+            f" datamodule.max_response_tokens={max_response_tokens} is {asked}, but"
+            f" {limits.path} takes sequences of at most {limits.longest} tokens. Lower one of the"
+            " two. (It says so in its config.json: rope_scaling there extends rotary positions.)"
+        )
+
+
+def check_prompts(limits: TokenLimits, prompts: Iterable[Prompt]) -> None:
+    """Raises a UserError if a prompt has a token that the model's embedding has not."""
+    for prompt in prompts:
+        check_ids(limits, f"Prompt {prompt.id!r}", max(prompt.token_ids, default=0))
+
+
+def check_examples(
+    limits: TokenLimits, prompts: Sequence[Prompt], responses: Sequence[Tensor]
+) -> None:
+    """The same for prompts with their responses, [L] each, which must have positions too."""
+    check_prompts(limits, prompts)
+    for prompt, response in zip(prompts, responses, strict=True):
+        check_ids(limits, f"The solution of {prompt.id!r}", int(response.max()))
+        length = len(prompt.token_ids) + len(response)
+        if limits.longest is not None and length > limits.longest:
+            raise UserError(
+                f"Example {prompt.id!r} is {length} tokens long with its solution, but"
+                f" {limits.path} takes sequences of at most {limits.longest} tokens. Leave longer"
+                " examples out of the data."
+            )
+
+
+def check_ids(limits: TokenLimits, what: str, largest: int) -> None:
+    if limits.vocabulary is not None and largest >= limits.vocabulary:
+        raise UserError(
+            f"{what} has token {largest}, but the embedding of model.path={limits.path} has"
+            f" {limits.vocabulary} rows: its tokenizer has tokens that were added without resizing"
+            " the model (resize_token_embeddings), or is of another model. Use the model's own"
+            " tokenizer, or leave such text out."
+        )

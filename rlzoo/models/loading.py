@@ -1,0 +1,270 @@
+"""Model directories read with every weight accounted for: none missing, left over, cut or NaN."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from rlzoo.distributed import all_gather
+from rlzoo.errors import UserError
+from rlzoo.models.gather import is_partitioned, loading_whole
+
+T = TypeVar("T")
+TINY = Path(__file__).parent / "tiny"  # the policy shipped with rlzoo
+BENIGN = re.compile(  # left over in old checkpoints: buffers that are no weights
+    r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$|position_ids$"
+)
+
+
+def model_directory(path: str, key: str = "model.path") -> str:
+    """A directory with a model, or "tiny" for the one shipped, or a hub name.
+
+    Raises:
+        UserError: a local path that is no model directory.
+    """
+    if path == "tiny":
+        return str(TINY)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        check_directory(local, f"{key}={path}")
+    elif local.is_file():
+        raise UserError(
+            f"{key}={path} is a file. Give the directory that holds config.json and the weights; a"
+            " GGUF file must be converted first (AutoModelForCausalLM.from_pretrained(FOLDER,"
+            " gguf_file=NAME).save_pretrained(DIRECTORY))."
+        )
+    elif path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"{key}={path} does not exist. Give a directory made by save_pretrained, a hub name"
+            " such as Qwen/Qwen2.5-Math-1.5B, or 'tiny'."
+        )
+    return str(local) if local.exists() else path
+
+
+def check_directory(local: Path, source: str) -> None:
+    """Raises a UserError for a directory that holds no whole model."""
+    if (local / "adapter_config.json").is_file():
+        raise UserError(
+            f"{source} holds adapters (adapter_config.json), which change another model. Merge them"
+            " into it first (peft's merge_and_unload, then save_pretrained with the tokenizer), and"
+            " give that directory; a run of rlzoo leaves both, policy/ is the merged model."
+        )
+    if (local / "config.json").is_file():
+        return
+    inside = sorted(child.parent.name for child in local.glob("*/config.json"))
+    hint = f" It has models inside: {', '.join(inside[:5])}." if inside else ""
+    raise UserError(
+        f"{source} is a directory without config.json, so no model.{hint} Give a directory made"
+        " by save_pretrained, a hub name, or 'tiny'."
+    )
+
+
+def load_config(
+    path: str, trust_remote_code: bool = False, key: str = "model.path"
+) -> PretrainedConfig:
+    """A model directory's configuration.
+
+    Raises:
+        UserError: none there, one that transformers cannot read, or of quantised weights.
+    """
+    directory, source = model_directory(path, key), f"{key}={path}"
+    config = told(
+        source, lambda: AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    )
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings:
+            settings = settings if isinstance(settings, dict) else settings.to_dict()
+            raise UserError(
+                f"{source} has quantised weights ({settings.get('quant_method', 'quantization')} in"
+                " quantization_config of its config.json), which cannot be trained or sent to an"
+                " engine. Give the model's plain weights, or a copy made whole with transformers"
+                " (load it with dequantize=True, then save_pretrained)."
+            )
+    return config
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: torch.dtype | str,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    key: str = "model.path",
+) -> nn.Module:
+    """A causal language model whose weights are all in its files and finite.
+
+    Raises:
+        UserError: no model there, or weights that are missing, left over, of another shape, cut
+            short or not finite, by their names.
+    """
+    load_config(path, trust_remote_code, key)
+    directory, source = model_directory(path, key), f"{key}={path}"
+
+    def load(**where: Any) -> tuple[nn.Module, dict[str, Any]]:
+        return AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_names` refuses them, by name
+            **where,
+        )
+
+    if loads_in_parts():  # transformers looks at no names and shapes then
+        with loading_whole():
+            empty, found = told(source, lambda: load(device_map="meta"))
+        check_names(found, empty, source)
+    policy, found = told(source, load)
+    check_names(found, policy, source)
+    check_finite(policy, source)
+    check_padding_row(policy, Path(directory), source)
+    freeze_other_parts(policy)
+    return policy
+
+
+def loads_in_parts() -> bool:
+    """Whether ZeRO-3 is about to hold what is loaded in parts."""
+    from transformers.integrations import deepspeed as integration
+
+    return integration.is_deepspeed_zero3_enabled()
+
+
+def check_names(found: dict[str, Any], model: nn.Module, source: str) -> None:
+    """Raises a UserError unless files and model have the same weights.
+
+    Args:
+        found: transformers' loading info.
+    """
+    family = type(model).__name__
+    other = found["mismatched_keys"]
+    extra = [name for name in found["unexpected_keys"] if not BENIGN.search(name)]
+    faults = {
+        "lacks": set(found["missing_keys"]) - {name for name, *_ in other},
+        "has weights of another shape:": [
+            f"{name} {tuple(file)} for {tuple(own)}" for name, file, own in other
+        ],
+        "has weights that such a model does not have:": extra,
+        "could not be read:": found.get("error_msgs") or [],
+    }
+    told_of = [f"{what} {some(names)}" for what, names in faults.items() if names]
+    if told_of:
+        raise UserError(
+            f"{source} is not a whole {family}: it {'; it '.join(told_of)}. What is missing would"
+            " be random, what is left over would be ignored. Give a directory that save_pretrained"
+            f" of {family} wrote, or set in its config.json what the weights are of (architectures,"
+            " tie_word_embeddings, vocab_size)."
+        )
+
+
+def some(names: Iterable[str]) -> str:
+    names = sorted(map(str, names))
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def check_finite(policy: nn.Module, source: str) -> None:
+    """Raises a UserError that names weights with NaN or infinite values. Collective where ZeRO-3
+    holds the model in parts."""
+    parts = False
+    bad = []
+    for name, parameter in policy.named_parameters():
+        parts |= is_partitioned(parameter)
+        values = getattr(parameter, "ds_tensor", parameter).detach()
+        if values.is_floating_point() and not values.sum(dtype=torch.float32).isfinite():
+            bad.append(name)
+    if parts:
+        bad = [name for names in all_gather(bad) for name in names]
+    if bad:
+        raise UserError(
+            f"{source} has weights that are NaN or infinite: {some(set(bad))}. A run that failed"
+            " may have written them; take an earlier checkpoint, or the model it began with."
+        )
+
+
+def check_padding_row(policy: nn.Module, directory: Path, source: str) -> None:
+    """Refuses a family that zeroes a loaded embedding's padding row (youtu in transformers 5.19):
+    padding may be a token that is drawn."""
+    embedding, file = policy.get_input_embeddings(), directory / "model.safetensors"
+    padding = getattr(embedding, "padding_idx", None)
+    if padding is None or is_partitioned(embedding.weight) or not file.is_file():
+        return
+    name = next(name for name, p in policy.named_parameters() if p is embedding.weight)
+    with safe_open(file, framework="pt") as weights:
+        if name not in weights.keys():
+            return
+        row = weights.get_slice(name)[padding : padding + 1].to(embedding.weight)
+    if not torch.equal(row[0], embedding.weight[padding].detach()):
+        raise UserError(
+            f"{source}: transformers loads {type(policy).__name__} with another embedding of token"
+            f" {padding} (pad_token_id) than its file has. Choose another family or version of it."
+        )
+
+
+def freeze_other_parts(policy: nn.Module) -> None:
+    """Freezes what text never passes through (a vision tower), so that no rank waits for it."""
+    if policy.config.get_text_config() is policy.config:
+        return
+    parts = (policy.get_decoder(), policy.get_output_embeddings())
+    text = {id(p) for part in parts if part is not None for p in part.parameters()}
+    for parameter in policy.parameters():
+        parameter.requires_grad_(id(parameter) in text)
+
+
+def told(source: str, load: Callable[[], T]) -> T:
+    """What `load` returns; whatever transformers raises becomes a message in rlzoo's keys."""
+    try:
+        return load()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(load_problem(source, error)) from error
+
+
+def load_problem(source: str, error: Exception) -> str:
+    """What to tell the user of an error of transformers' while it reads a model."""
+    said = " ".join(str(error).split())
+    low = said.lower()
+    if "trust_remote_code" in low or "custom code" in low:
+        return (
+            f"{source} brings its own code, which is run only with model.trust_remote_code=true."
+            " Read it first: it can do whatever you can."
+        )
+    if "attention" in low or "attn" in low:
+        return (
+            f"{source} cannot have the attention asked for with model.attention:"
+            f" {ours(said).split('. ')[0]}."
+            " Take model.attention=eager, which every family has, or sdpa."
+        )
+    if "unrecognized configuration class" in low:
+        kind = re.search(r"'[\w.]*?(\w+)'", said)
+        return (
+            f"{source} is no causal language model: transformers has no such model for"
+            f" {kind.group(1) if kind else 'its configuration'}. Encoder-decoders, encoders and"
+            " classifiers cannot be trained here; choose a decoder."
+        )
+    if "does not recognize this architecture" in low or "model type" in low or "model_type" in low:
+        return (
+            f"{source} is of a kind that this version of transformers does not know:"
+            f" {said[:200]} Correct model_type in its config.json, or install a version that knows"
+            " it."
+        )
+    return (
+        f"{source} could not be loaded: {type(error).__name__}: {ours(said)[:400]}. A file may be"
+        " missing or cut short: compare the directory's files with the original's, or copy them"
+        " anew."
+    )
+
+
+def ours(said: str) -> str:
+    """A message of transformers' with rlzoo's names for its arguments."""
+    said = said.replace("attn_implementation", "model.attention")
+    return said.replace("torch_dtype", "model.dtype")
