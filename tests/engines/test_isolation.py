@@ -1,6 +1,7 @@
 """What starts inside a trainer's process leaves it as it was, and does not silence it."""
 
 import os
+import sys
 import threading
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from rlzoo.callbacks.rank_watch import say
 from rlzoo.engines.isolation import isolated
 
-def test_the_rank_watch_speaks_to_the_terminal_while_an_engine_starts(tmp_path, capfd):
+def test_the_rank_watch_speaks_to_the_terminal_while_an_engine_starts(
+    tmp_path, capfd, monkeypatch
+):
     log = tmp_path / "vllm.log"
+    monkeypatch.setattr(sys, "stderr", open(2, "w", closefd=False))  # a process's own, not pytest's
     say("before")
     with isolated(log, keep="NOTHING"):
         os.write(2, b"a banner")

@@ -38,19 +38,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         policy_folder(folder, tied)
     command = [sys.executable, "-m", "tests.strategies.steps", str(folder)]
     port = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), "2", port],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    logs = [folder / f"{rank}.log" for rank in range(2)]  # a pipe that nobody reads would fill
+    ranks = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            options = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": file}
+            ranks.append(subprocess.Popen([*command, str(rank), "2", port], **options))
+    try:
+        codes = [rank.wait(timeout=400) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
     return folder
 
 
