@@ -29,6 +29,8 @@ class Prompt:
         solution: a worked solution, if the data has one (what `algo=sft` trains on).
         tags: anything to group results by, such as family and level.
         token_ids: the rendered prompt; empty until a template has encoded it.
+        turns: the whole chat, role and content of each, where the data gives one; `question` is
+            then its text, and no template adds anything.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Prompt:
     solution: str | None = None
     tags: dict = field(default_factory=dict)
     token_ids: tuple[int, ...] = ()
+    turns: tuple[dict, ...] | None = None
 
 
 @dataclass

@@ -14,11 +14,12 @@ from rlzoo.allocators.base import Allocator
 from rlzoo.allocators.uniform import Uniform
 from rlzoo.data.base import RunDataModule
 from rlzoo.data.draw import Drawer, concatenate
+from rlzoo.data.leaks import ON_OVERLAP, apart
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import read_rollouts, rollout_files
 from rlzoo.data.rollout_loader import RolloutLoader
 from rlzoo.engines.base import Engine, SamplingParams
-from rlzoo.errors import UserError, check_at_least
+from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.ledger import Limits
 from rlzoo.models.limits import check_length, check_prompts, limits_of
 from rlzoo.progress import Bars
@@ -51,6 +52,8 @@ class RolloutDataModule(RunDataModule):
         responses_per_step: responses drawn under one policy version, in whole groups.
         max_prompt_tokens, max_response_tokens: limits.
         on_too_long: "error" or "drop" for longer prompts.
+        on_overlap: "warn", "drop" or "error" for training prompts that are rendered like one of
+            validation.
         temperature: of sampling.
         top_p, top_k: truncate the distribution that is sampled from; 1 and 0 do not.
         allow_truncated_sampling: must be true for them: the trainer's log-probs are those of the
@@ -79,6 +82,7 @@ class RolloutDataModule(RunDataModule):
         max_prompt_tokens: AtLeast1 = 256,
         max_response_tokens: AtLeast1 = 128,
         on_too_long: Literal["error", "drop"] = "error",
+        on_overlap: Literal["warn", "drop", "error"] = "warn",
         temperature: Positive = 1.0,
         top_p: ShareAbove0 = 1.0,
         top_k: AtLeast0 = 0,
@@ -112,6 +116,8 @@ class RolloutDataModule(RunDataModule):
         self.responses_per_prompt = responses_per_prompt
         self.total_budget, self.steps_per_epoch = total, total // responses_per_step
         self.max_prompt_tokens, self.on_too_long = max_prompt_tokens, on_too_long
+        check_choice("datamodule.on_overlap", on_overlap, ON_OVERLAP)
+        self.on_overlap = on_overlap
         self.val_responses = val_responses
         check_length(limits_of(tokenizer), max_prompt_tokens, max_response_tokens)
         check_truncation(top_p, top_k, allow_truncated_sampling)
@@ -141,16 +147,12 @@ class RolloutDataModule(RunDataModule):
         )
         self.train_prompts, self.val_prompts = encode("train"), encode("val")
         check_prompts(limits_of(self.tokenizer), [*self.train_prompts, *self.val_prompts])
-        shared = {p.id for p in self.train_prompts} & {p.id for p in self.val_prompts}
-        if shared:
-            log.warning(
-                f"{len(shared)} of {len(self.val_prompts)} validation prompts are also trained on"
-                f" (such as {min(shared)}): validation will look better than it is."
-            )
+        self.train_prompts = apart(self.train_prompts, self.val_prompts, self.on_overlap)
         if len(self.train_prompts) < self.prompts_per_epoch:
             raise UserError(
                 f"datamodule.prompts_per_epoch={self.prompts_per_epoch}, but the data has only"
-                f" {len(self.train_prompts)} training prompts. Lower it, or give more data."
+                f" {len(self.train_prompts)} training prompts. Lower it, or give more data"
+                " (data.max_prompts, on_too_long and on_overlap may leave prompts out)."
             )
 
     def shard(self) -> list[Prompt]:
@@ -238,7 +240,8 @@ class RolloutDataModule(RunDataModule):
 
     def replayed(self) -> Rollouts:
         """The recorded rollouts of this rollout step, booked apart from those that are paid for."""
-        rollouts = read_rollouts(self.replay_files[self.rollout_step], self.rollout_step)
+        step = self.rollout_step
+        rollouts = read_rollouts(self.replay_files[step], step, self.tokenizer)
         self.ledger.drew("replay", rollouts.lengths.tolist())
         return rollouts
 

@@ -68,7 +68,7 @@ class SFTDataModule(RunDataModule):
         if corpus is not None and rollouts is not None:
             raise UserError("datamodule.corpus and datamodule.rollouts are both given: choose one.")
         if rollouts is not None:
-            corpus = accepted(rollouts, "datamodule.rollouts")
+            corpus = accepted(rollouts, "datamodule.rollouts", tokenizer)
         self.source, self.tokenizer, self.corpus = source, tokenizer, corpus
         self.batch_size, self.updates_per_step = batch_size, updates_per_step
         self.max_prompt_tokens, self.seed = max_prompt_tokens, seed
@@ -164,9 +164,14 @@ def solved(prompts: list[Prompt]) -> list[tuple[str, str]]:
     """(question, solution) of every prompt.
 
     Raises:
-        UserError: a prompt has no worked solution.
+        UserError: a prompt has no worked solution, or is a chat.
     """
     for prompt in prompts:
+        if prompt.turns is not None:
+            raise UserError(
+                f"algo=sft takes plain questions, but prompt {prompt.id} is a chat. Name the turn"
+                " that asks, such as data.question_column=messages.0.content."
+            )
         if prompt.solution is None:
             raise UserError(
                 f"algo=sft needs worked solutions, but prompt {prompt.id} has none. Set"

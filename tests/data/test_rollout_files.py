@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
@@ -73,3 +74,70 @@ def test_rollouts_without_a_right_response_or_without_tokens_are_named(tmp_path:
     pyarrow.parquet.write_table(table, tmp_path / "step.parquet")
     with pytest.raises(UserError, match="step.parquet has no column response_ids"):
         read_rollouts(tmp_path / "step.parquet", 0)
+
+
+def test_files_of_ones_own_beside_the_steps_are_left_alone_and_steps_are_counted(tmp_path: Path):
+    for name in ("step_1000000", "step_999999", "step_5", "mine", "step_000001_copy"):
+        write_rollouts(tmp_path / f"{name}.parquet", recorded(), TOKENIZER)
+    (tmp_path / "notes.parquet").write_text("notes")
+    found = [path.stem for path in rollout_files(str(tmp_path), "replay")]
+    assert found == ["step_999999", "step_1000000"]
+
+
+def test_a_file_that_cannot_be_replayed_is_refused_at_start(tmp_path: Path):
+    write_rollouts(tmp_path / "step_000000.parquet", recorded(), TOKENIZER)
+    whole = (tmp_path / "step_000000.parquet").read_bytes()
+    for data in (b"", b"PAR1", whole[:-20]):
+        (tmp_path / "step_000001.parquet").write_bytes(data)
+        with pytest.raises(UserError, match="step_000001.parquet is no readable parquet file"):
+            rollout_files(str(tmp_path), "replay")
+    for name in ("question", "answer", "truncated", "verdict", "policy_version", "prompt_id"):
+        table = pyarrow.parquet.read_table(tmp_path / "step_000000.parquet").drop_columns([name])
+        pyarrow.parquet.write_table(table, tmp_path / "step_000001.parquet")
+        with pytest.raises(UserError, match=f"step_000001.parquet has no column {name}"):
+            rollout_files(str(tmp_path), "replay")
+
+
+FAULTS = [  # column, what the second row has there, what is said
+    ("sampler_logprobs", lambda row: [*row["sampler_logprobs"][:-1], float("nan")], "not finite"),
+    ("sampler_logprobs", lambda row: [*row["sampler_logprobs"], -1.0], "log-probs for"),
+    ("response_ids", lambda row: [*row["response_ids"][:-1], None], "null or negative"),
+    ("response_ids", lambda row: [*row["response_ids"][:-1], -1], "null or negative"),
+    ("prompt_ids", lambda row: [*row["prompt_ids"], 5], "'p0' has other tokens or another answer"),
+    ("answer", lambda row: "another", "'p0' has other tokens or another answer"),
+    ("reward", lambda row: float("nan"), "every weight NaN"),
+    ("verdict", lambda row: "perhaps", "the verdict is 'perhaps'"),
+    ("truncated", lambda row: None, "truncated is null"),
+]
+
+
+@pytest.mark.parametrize(("column", "change", "named"), FAULTS)
+def test_a_row_that_no_run_can_have_written_is_refused(tmp_path: Path, column, change, named):
+    path = tmp_path / "step_000000.parquet"
+    write_rollouts(path, recorded(), TOKENIZER)
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows[1][column] = change(rows[1])
+    schema = pyarrow.parquet.read_schema(path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
+    with pytest.raises(UserError, match=f"row 2: .*{named}"):
+        read_rollouts(path, 0)
+
+
+def test_rollouts_of_another_tokenizer_are_refused(tmp_path: Path):
+    path = tmp_path / "step_000000.parquet"
+    write_rollouts(path, recorded(), TOKENIZER)
+    assert len(read_rollouts(path, 0, TOKENIZER)) == 8
+    table = pyarrow.parquet.read_table(path)
+    column = pyarrow.array(["as another tokenizer reads them"] * 8)
+    at = table.column_names.index("response")
+    pyarrow.parquet.write_table(table.set_column(at, "response", column), path)
+    with pytest.raises(UserError, match="another tokenizer than model.path has"):
+        accepted(str(tmp_path), "datamodule.rollouts", TOKENIZER)
+
+
+def test_an_empty_response_keeps_its_type(tmp_path: Path):
+    written = recorded()
+    written.responses[2], written.sampler_logprobs[2] = torch.zeros(0, dtype=int), torch.zeros(0)
+    write_rollouts(tmp_path / "step.parquet", written, TOKENIZER)
+    read = read_rollouts(tmp_path / "step.parquet", 0)
+    assert read.responses[2].dtype == torch.long and read.lengths[2] == 0

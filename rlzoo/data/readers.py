@@ -1,0 +1,302 @@
+"""Rows of data files, one at a time: JSON lines or an array, parquet, CSV; numbers as written."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from rlzoo.data.answers import BadRow
+from rlzoo.data.files import BROKEN, Content, content, cut_short
+from rlzoo.errors import UserError
+
+Row = tuple[int, dict | BadRow]  # number from 1
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Repeats(dict):
+    """A JSON object in which a key stands more than once."""
+
+    repeated: frozenset[str] = frozenset()
+
+
+def read_rows(path: Path, columns: Sequence[str], file_format: str = "auto") -> Iterator[Row]:
+    """(line or row number from 1, row) of every row that is not blank.
+
+    Args:
+        columns: names that are asked for, those of nested fields with dots (`extra.answer`,
+            `messages.0.content`); a parquet file gives no others.
+
+    Raises:
+        UserError: a file that is not of a format we read, or broken, or changed meanwhile.
+    """
+    found = content(path, file_format)
+    before = path.stat()
+    try:
+        if found.kind == "parquet":
+            yield from read_parquet(path, columns)
+        else:
+            with found.open() as file:
+                yield from TEXT_READERS[found.kind](file, found, path, columns)
+    except BROKEN as error:
+        raise cut_short(path, error) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not {found.encoding} text throughout ({error}); convert the file, such as by"
+            " iconv -f latin1 -t utf-8."
+        ) from error
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise UserError(f"{path} was changed while it was read; start again when it is complete.")
+
+
+def value_at(row: Any, name: str) -> Any:  # noqa: ANN401
+    """What a row has under a name; dots lead into objects and lists. None also below a null.
+
+    Raises:
+        KeyError: nothing.
+    """
+    if name in row:
+        return row[name]
+    value = row
+    for part in name.split("."):
+        if value is None:
+            return None
+        try:
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        except (LookupError, TypeError, ValueError):
+            raise KeyError(name) from None
+    return value
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def json_object(pairs: list[tuple[str, Any]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        row, names = Repeats(row), [name for name, _ in pairs]
+        row.repeated = frozenset(name for name in row if names.count(name) > 1)
+    return row
+
+
+# A number keeps the digits it is written with.
+DECODER = json.JSONDecoder(
+    parse_float=Decimal, parse_int=Decimal, parse_constant=Decimal, object_pairs_hook=json_object
+)
+
+
+def read_json(file: BinaryIO, found: Content, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    return read_array(file, found, path) if found.is_array else read_lines(file, found)
+
+
+def read_lines(file: BinaryIO, found: Content) -> Iterator[Row]:
+    """JSON lines, one of them in memory at a time."""
+    is_utf8 = found.encoding in ("utf-8", "utf-8-sig")
+    lines = file if is_utf8 else io.TextIOWrapper(file, found.encoding, newline="\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            if is_utf8:
+                line = line.decode(found.encoding if number == 1 else "utf-8")
+            if line.isspace() or not line:
+                continue
+            row = DECODER.decode(line)
+        except UnicodeDecodeError as error:
+            yield number, BadRow(
+                f"is not UTF-8 ({error}); convert the file, such as by iconv -f latin1 -t utf-8"
+            )
+            continue
+        except (ValueError, RecursionError) as error:  # not JSON, or too deep
+            yield number, BadRow(f"is not JSON ({error}){json_hint(line, number, error)}")
+            continue
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            kind = "number" if isinstance(row, Decimal) else type(row).__name__
+            yield number, BadRow(f"is a JSON {kind}, not an object")
+
+
+def json_hint(line: str, number: int, error: Exception) -> str:
+    """What a line that is no JSON may be instead."""
+    line = line.strip()
+    if "Extra data" in str(error):
+        return ": end each object with a newline"
+    if line.startswith("{'"):
+        return ": a Python dict, not JSON; write it with json.dumps"
+    if number == 1 and not line.startswith("{"):
+        return ": set data.file_format=csv if the file is CSV"
+    if number == 1 and len(line) < 2:
+        return ": write one object a line, or one array of objects"
+    return ""
+
+
+def read_array(file: BinaryIO, found: Content, path: Path) -> Iterator[Row]:
+    """One JSON array; its text is in memory as a whole, its elements one at a time."""
+    text = file.read().decode(found.encoding)
+    position, number = _SPACE.match(text, text.index("[") + 1).end(), 0
+    try:
+        while text[position : position + 1] != "]":
+            if number and text[position : position + 1] != ",":
+                raise ValueError(f"no comma at character {position}")
+            if number:
+                position = _SPACE.match(text, position + 1).end()
+            row, position = DECODER.raw_decode(text, position)
+            number += 1
+            is_object = isinstance(row, dict)
+            yield number, row if is_object else BadRow(f"is a {type(row).__name__}, not an object")
+            position = _SPACE.match(text, position).end()
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is a JSON array that breaks off or is broken at row {number + 1} ({error});"
+            " write or download it anew."
+        ) from error
+    if text[position + 1 :].strip():
+        raise UserError(f"{path} goes on after the end of its JSON array: write one object a line.")
+
+
+# --- CSV ----------------------------------------------------------------------------------------
+
+
+def read_csv(file: BinaryIO, found: Content, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Comma, tab or semicolon separated, whichever gives the columns asked for; first line names.
+
+    An empty cell is null. Quoted cells may hold newlines.
+    """
+    csv.field_size_limit(sys.maxsize)
+    encoding = "utf-8-sig" if found.encoding == "utf-8" else found.encoding
+    text = io.TextIOWrapper(file, encoding, newline="")
+    first = text.readline()
+    separated = lambda mark: next(csv.reader([first], delimiter=mark), [])  # noqa: E731
+    marks = [mark for mark in ",\t;" if set(columns) <= set(separated(mark))]
+    mark = marks[0] if marks else max(",\t;", key=first.count)
+    reader = csv.reader(itertools.chain([first], text), delimiter=mark, strict=True)
+    names = next(reader, [])
+    check_columns(path, columns, names, {name: None for name in names})
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):  # the quote took all the lines that follow
+                raise UserError(
+                    f"{path}, line {number}: a quote is opened that is never closed ({error}). Close"
+                    " it; a quote inside a cell is written twice."
+                ) from error
+            yield number, BadRow(f"is not CSV ({error}); a quote inside a cell is written twice")
+            continue
+        if not cells:
+            continue
+        if len(cells) != len(names):
+            yield number, BadRow(f"has {len(cells)} cells, but the first line names {len(names)}")
+            continue
+        yield number, dict(zip(names, (cell or None for cell in cells), strict=True))
+
+
+TEXT_READERS = {"jsonl": read_json, "csv": read_csv}
+
+
+# --- parquet ------------------------------------------------------------------------------------
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            check_columns(path, columns, schema.names, dict(zip(schema.names, schema.types)))
+            roots = {name if name in schema.names else name.split(".")[0] for name in columns}
+            exact = {name: exactly(schema.field(name).type) for name in roots}
+            exact = {name: convert for name, convert in exact.items() if convert}
+            number = 0
+            for batch in file.iter_batches(columns=sorted(roots)):
+                for row in batch.to_pylist():
+                    number += 1
+                    for name, convert in exact.items():
+                        row[name] = convert(row[name])
+                    yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is not a readable parquet file ({error}). If it is cut short, write or download"
+            " it anew."
+        ) from error
+
+
+def exactly(kind: pyarrow.DataType) -> Callable[[Any], Any] | None:
+    """Gives narrow floats their width back, in which 0.1 is 0.1; None where there are none.
+
+    pyarrow makes them Python's, and 0.1 of float32 a 0.10000000149011612.
+    """
+    narrow = {pyarrow.float32(): np.float32, pyarrow.float16(): np.float16}.get(kind)
+    if narrow is not None:
+        return lambda value: None if value is None else narrow(value)
+    if pyarrow.types.is_struct(kind):
+        fields = {field.name: exactly(field.type) for field in kind}
+        fields = {name: convert for name, convert in fields.items() if convert}
+        change = lambda row: {n: convert(row[n]) for n, convert in fields.items()}  # noqa: E731
+        return (lambda row: row and row | change(row)) if fields else None
+    if hasattr(kind, "value_type") and not pyarrow.types.is_dictionary(kind):
+        convert = exactly(kind.value_type)
+        return convert and (lambda row: row and [convert(value) for value in row])
+    return None
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+
+def check_columns(
+    path: Path, columns: Sequence[str], names: Sequence[str], types: dict[str, Any]
+) -> None:
+    """Raises a UserError for a column that a table has not, or has twice."""
+    for name in columns:
+        root = name if name in names else name.split(".")[0]
+        if root not in names or (root != name and not leads(types[root], name.split(".")[1:])):
+            raise no_such_column(path, name, [*names, *nested(names, types)])
+        if list(names).count(root) > 1:
+            raise UserError(f"{path} has {list(names).count(root)} columns {root!r}: rename one.")
+
+
+def leads(kind: pyarrow.DataType | None, parts: Sequence[str]) -> bool:
+    """Whether a path of names and places leads through a type."""
+    if not parts:
+        return True
+    if kind is None:
+        return False
+    if pyarrow.types.is_struct(kind):
+        index = kind.get_field_index(parts[0])
+        return index >= 0 and leads(kind.field(index).type, parts[1:])
+    is_place = re.fullmatch(r"-?\d+", parts[0]) is not None
+    return is_place and hasattr(kind, "value_type") and leads(kind.value_type, parts[1:])
+
+
+def nested(names: Iterable[str], types: dict[str, Any]) -> list[str]:
+    """Names of the fields of the struct columns of a table."""
+    structs = [name for name in names if types[name] and pyarrow.types.is_struct(types[name])]
+    return [f"{name}.{field.name}" for name in structs for field in types[name]]
+
+
+def columns_and_match(name: str, found: Iterable[str]) -> str:
+    found = sorted(found)
+    match = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
+    hint = f"; did you mean {match[0]!r}?" if match else ""
+    return f"columns found: {found}{hint}"
+
+
+def no_such_column(path: Path, name: str, found: Iterable[str]) -> UserError:
+    return UserError(
+        f"{path} has no column {name!r}; {columns_and_match(name, found)} Set the column names"
+        " under data (question_column, answer_column, solution_column, id_column)."
+    )
