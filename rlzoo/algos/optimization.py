@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlzoo.errors import UserError
-from rlzoo.models.gather import load_whole, whole
 from rlzoo.models.checks import check_placed
+from rlzoo.models.gather import load_whole, whole
 from rlzoo.models.lora import is_adapter, lora_of, whole_weights_of
 from rlzoo.models.precision import float_buffers, put_back
 from rlzoo.rng import derive_seed
@@ -55,15 +55,13 @@ class OptimizationModule(lightning.LightningModule):
             if self.restored_weights is not None:
                 load_whole(self, self.restored_weights())
 
-    def on_fit_start(self) -> None:
-        put_back(self, self.kept_buffers)
-
     def build_models(self) -> None:
         """Builds every network, where a strategy can shard it."""
         self.noise_seed = torch.initial_seed()
         self.policy = self.policy_factory().train()
 
     def on_fit_start(self) -> None:
+        put_back(self, self.kept_buffers)
         check_placed(self.policy)
 
     @property
