@@ -25,6 +25,8 @@ def check_parts(algo: Any, data: Any, overrides: Sequence[str]) -> None:
     Raises:
         UserError: they do not; or a value set on the command line would do nothing.
     """
+    if hasattr(data, "check_limits"):
+        data.check_limits()
     if hasattr(data, "allocator"):
         check_groups(algo, data)
         check_temperature(algo, data)

@@ -15,11 +15,13 @@ from rlzoo.algos import RAFT, PolicyAlgorithm
 from rlzoo.losses import LossOutput
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.recorded import recorded_rollouts
+from tests.test_sft import rank_gradient, rank_loss
 from tests.zoo import NAMES, build, gradient
 
 EVERY = [(name, {}) for name in NAMES]
 EVERY += [("grpo", {"kl_coef": 0.2}), ("reinforce", {"kl_coef": 0.2, "kl_in": "reward"})]
 EVERY += [("raft", {"overlong_filter": True, "rejected": "drop"}), ("grpo", {"tis_cap": 2.0})]
+IDS = [name for name, _ in EVERY]
 LONE = ("raft", {"rejected": "drop"})  # on rollouts of which one trains: a rank has none
 
 
@@ -42,7 +44,7 @@ def gradients() -> list[torch.Tensor]:
     found = [gradient(made(name, changes), step(), accumulate=2) for name, changes in EVERY]
     name, changes = LONE
     lonely = dataclasses.replace(step(), rewards=torch.tensor([1.0] + [0.0] * 9))
-    return [*found, gradient(made(name, changes), lonely)]
+    return [*found, gradient(made(name, changes), lonely), rank_gradient()]
 
 
 class Talkative(RAFT):
@@ -69,6 +71,7 @@ def logged() -> dict[str, dict[str, float]]:
     algo.__class__ = Talkative
     gradient(algo, dataclasses.replace(step(), rewards=torch.tensor([1.0] * 3 + [0.0] * 7)), 2)
     found["talkative"] = algo.means.compute()
+    found["sft"] = {"val/loss": rank_loss()}
     return found
 
 
@@ -102,7 +105,7 @@ def alone() -> list[torch.Tensor]:
     return gradients()
 
 
-@pytest.mark.parametrize("case", range(len(EVERY) + 1), ids=[n for n, _ in EVERY] + ["lone"])
+@pytest.mark.parametrize("case", range(len(EVERY) + 2), ids=[*IDS, "lone", "sft"])
 def test_two_ranks_average_to_the_gradient_of_one(case, ranks, alone):
     expected = alone[case]
     assert expected.norm() > 1e-4
@@ -117,7 +120,7 @@ def test_a_rank_without_data_logs_what_one_process_alone_does(ranks):
     assert set(expected["talkative"]) - talkative == set()
     for _, found in ranks:
         assert "z" in found["talkative"] and found["talkative"]["z"] == pytest.approx(2.0)
-        for name in NAMES:
+        for name in [*NAMES, "sft"]:
             assert expected[name].keys() == found[name].keys()
             for key, value in expected[name].items():
                 same = found[name][key] == pytest.approx(value, rel=1e-5, abs=1e-6)

@@ -38,6 +38,7 @@ class OptimizationModule(lightning.LightningModule):
         max_skipped_updates: int,
     ) -> None:
         super().__init__()
+        check_schedule(scheduler)
         self.policy_factory, self.optimizer_factory = policy, optimizer
         self.scheduler_factory, self.max_skipped_updates = scheduler, max_skipped_updates
         self.policy: nn.Module | None = None
@@ -158,6 +159,19 @@ class OptimizationModule(lightning.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if not self.skipped:
             scheduler.step()
+
+
+def check_schedule(scheduler: Any) -> None:
+    """Raises a UserError for a schedule that would need a length and has none: it would fail once
+    its warm-up is over."""
+    settings = getattr(scheduler, "keywords", {})  # of a partial
+    for key in ("num_training_steps", "T_max", "total_steps", "total_iters"):
+        if key in settings and settings[key] is None:
+            raise UserError(
+                f"algo.scheduler.{key} is null, but this schedule falls over a number of updates that"
+                " it must know. Set limits.max_updates, from which it is taken, or that key itself;"
+                " or keep the learning rate with algo.scheduler=null."
+            )
 
 
 def clip_limit(value: float | None, algorithm: object = None) -> float:

@@ -7,22 +7,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlzoo.algos.optimization import OptimizationModule
-from rlzoo.logprobs import response_scores
+from rlzoo.algos.scoring import ScoringModule
+from rlzoo.distributed import all_gather
 from rlzoo.metrics import WeightedMeans
-from rlzoo.models.gather import through
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch
-from rlzoo.values import AtLeast0
+from rlzoo.values import AtLeast0, AtLeast1
 
 
-class SFT(OptimizationModule):
+class SFT(ScoringModule):
     """Supervised fine-tuning on written solutions: minimises the mean -log pi per solution token.
 
     A module of its own with an ordinary loader (`rlzoo.data.sft`): no engine, no rewards, no
-    rollouts. Batches are RolloutBatches whose responses are the solutions.
+    rollouts. Batches are RolloutBatches whose responses are the solutions. The gradient is one mean
+    over all tokens of the optimizer step, whatever its split into microbatches and ranks.
 
     Args:
         policy, optimizer, scheduler, max_skipped_updates: as in `PolicyAlgorithm`.
+        max_tokens_per_microbatch: a larger microbatch is computed in checkpointed pieces.
     """
 
     def __init__(
@@ -32,24 +33,47 @@ class SFT(OptimizationModule):
         scheduler: Callable[[Optimizer], Any] | None = None,
         *,
         max_skipped_updates: AtLeast0 = 10,
+        max_tokens_per_microbatch: AtLeast1 = 32768,
     ) -> None:
-        super().__init__(policy, optimizer, scheduler, max_skipped_updates=max_skipped_updates)
+        super().__init__(
+            policy,
+            optimizer,
+            scheduler,
+            needs_reference=False,
+            temperature=1.0,
+            max_tokens_per_microbatch=max_tokens_per_microbatch,
+            max_logprob_gap=1.0,  # no engine to differ from
+            pad_token_id=0,  # the loader pads
+            max_skipped_updates=max_skipped_updates,
+        )
         self.means = WeightedMeans()  # of the step, over tokens
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
-        scores = through(self.policy, response_scores, self.policy, batch, 1.0)
+        scores = self.forward_scores(batch)
         self.divisor = batch.divisor
-        loss_sum = -(batch.weights * scores.logprobs).sum()
+        loss_sum = -(batch.weights * scores["logprobs"]).sum()
         self.means.update({"loss": loss_sum.detach()}, batch.weights.sum())
-        return loss_sum * self.trainer.world_size / batch.divisor  # the strategy averages over ranks
+        # The strategy averages over ranks, Lightning over microbatches; the divisor counts all.
+        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return loss_sum * (parts / batch.divisor if batch.divisor else 0.0)
 
     @torch.no_grad()
     def mean_loss(self, batches: list[RolloutBatch]) -> float:
-        """Mean -log pi per solution token over some batches, nats."""
+        """Mean -log pi per solution token, nats, over every rank's batches; NaN if there are none.
+
+        Collective: ranks hold as many batches as each other, each its own rows of them.
+        """
         total = weight = 0.0
-        for batch in batches:
-            batch = batch.to(self.device)
-            scores = through(self.policy, response_scores, self.policy, batch, 1.0)
-            total -= float((batch.weights * scores.logprobs).sum())
-            weight += float(batch.weights.sum())
-        return total / weight
+        training = self.policy.training
+        self.policy.eval()  # no dropout
+        try:
+            for batch in batches:
+                batch = batch.to(self.device)
+                with self.trainer.precision_plugin.forward_context():  # as in training
+                    scores = self.forward_scores(batch)
+                total -= float((batch.weights * scores["logprobs"]).sum())
+                weight += float(batch.weights.sum())
+        finally:
+            self.policy.train(training)
+        totals, weights = zip(*all_gather((total, weight)), strict=True)
+        return sum(totals) / sum(weights) if sum(weights) else float("nan")

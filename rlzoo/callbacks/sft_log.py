@@ -10,8 +10,9 @@ class SFTLog(BoundaryCallback):
 
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
-        with data.ledger.phase("validating"):
-            data.row["val/loss"] = pl_module.mean_loss(data.val_batches)
+        if data.val_batches:
+            with data.ledger.phase("validating"):
+                data.row["val/loss"] = pl_module.mean_loss(data.val_batches)
         figures = pl_module.means.compute()
         pl_module.means.reset()
         pl_module.grad_norms.clear()
@@ -20,7 +21,8 @@ class SFTLog(BoundaryCallback):
         for logger in trainer.loggers:
             logger.log_metrics(row, data.rollout_step)
         data.last_row, data.row = row, {}
+        validated = f"{row['val/loss']:.4f}" if "val/loss" in row else "-"
         data.bars.print_line(
-            f"update {data.ledger.updates:>6}  loss {row['loss']:.4f}  val {row['val/loss']:.4f}"
+            f"update {data.ledger.updates:>6}  loss {row['loss']:.4f}  val {validated}"
             f"  lr {row['lr']:.2e}  {row['time/seconds']:.0f} s"
         )

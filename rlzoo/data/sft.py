@@ -3,8 +3,10 @@ loader."""
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from rlzoo.data.base import RunDataModule
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import accepted
 from rlzoo.distributed import world
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, check_choice
 from rlzoo.ledger import Limits
 from rlzoo.microbatching import Plan, collate
 from rlzoo.models.limits import check_examples, limits_of
@@ -25,6 +27,10 @@ from rlzoo.values import AtLeast1, PathText, Seed
 
 Pair = tuple[str, str] | tuple[Sequence[int], Sequence[int]]  # question and solution, or token ids
 
+log = logging.getLogger(__name__)
+
+ANY_LENGTH = 2**31  # tokens; limits are looked at by `fitting`
+CHUNK = 4096  # examples measured at once
 POOL = 16  # batches sorted by length together, so that little is padding
 
 
@@ -38,13 +44,15 @@ class SFTDataModule(RunDataModule):
         bars, limits: see RunDataModule.
         corpus: (question, solution) pairs by index, instead of the train split.
         rollouts: a run's rollouts/, or a file in it: trains on its right responses instead.
-        batch_size: examples per update.
+        batch_size: examples per microbatch, over all ranks.
         updates_per_step: updates between two boundaries (log, checkpoint).
         max_prompt_tokens: limit of prompts.
+        max_response_tokens: limit of solutions, their end-of-sequence token included.
+        on_too_long: "error" or "drop" (with a count) for longer examples.
         seed: of the order.
 
     Raises:
-        UserError: sizes below 1, or prompts without solutions.
+        UserError: sizes below 1, prompts without solutions, examples over the limits.
     """
 
     def __init__(
@@ -59,27 +67,105 @@ class SFTDataModule(RunDataModule):
         batch_size: AtLeast1 = 128,
         updates_per_step: AtLeast1 = 100,
         max_prompt_tokens: AtLeast1 = 256,
+        max_response_tokens: AtLeast1 = 512,
+        on_too_long: Literal["error", "drop"] = "error",
         seed: Seed = 0,
     ) -> None:
         super().__init__(bars, limits)
-        for key, value in {"batch_size": batch_size, "updates_per_step": updates_per_step}.items():
+        sizes = {
+            "batch_size": batch_size,
+            "updates_per_step": updates_per_step,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_response_tokens": max_response_tokens,
+        }
+        for key, value in sizes.items():
             if value < 1:
                 raise UserError(f"datamodule.{key} must be at least 1, got {value}.")
+        check_choice("datamodule.on_too_long", on_too_long, ("error", "drop"))
         if corpus is not None and rollouts is not None:
             raise UserError("datamodule.corpus and datamodule.rollouts are both given: choose one.")
         if rollouts is not None:
             corpus = accepted(rollouts, "datamodule.rollouts", tokenizer)
         self.source, self.tokenizer, self.corpus = source, tokenizer, corpus
         self.batch_size, self.updates_per_step = batch_size, updates_per_step
-        self.max_prompt_tokens, self.seed = max_prompt_tokens, seed
+        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
+        self.on_too_long, self.seed = on_too_long, seed
+        self._pool: tuple[int, list[Pair]] = (-1, [])  # its number, and its examples by length
         self.val_batches: list[RolloutBatch] = []
+
+    def check_limits(self) -> None:
+        """Raises a UserError where no limit would ever end the run."""
+        if self.limits.max_updates is None and self.limits.max_seconds is None:
+            raise UserError(
+                "algo=sft draws no responses, so limits.max_responses and limits.max_tokens never end"
+                " it. Set limits.max_updates or limits.max_seconds."
+            )
 
     def setup(self, stage: str) -> None:
         if self.corpus is None:
             self.corpus = solved(self.source.load("train"))
-        pairs = solved(self.source.load("val"))
-        size = self.batch_size
-        self.val_batches = [self.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+        self.corpus = self.fitting(self.corpus, "the corpus")
+        if len(self.corpus) < self.batch_size:
+            log.warning(
+                f"The corpus has {len(self.corpus)} examples, fewer than"
+                f" datamodule.batch_size={self.batch_size}: a batch holds some more than once."
+            )
+        prompts = self.source.load("val")
+        written = [prompt for prompt in prompts if (prompt.solution or "").strip()]
+        if len(written) < len(prompts):
+            log.warning(
+                f"{len(prompts) - len(written)} of {len(prompts)} validation prompts have no worked"
+                " solution: val/loss is of the others."
+            )
+        pairs, size = written and self.fitting(solved(written), "the validation split"), self.batch_size
+        starts = range(0, len(pairs), size)
+        self.val_batches = [self.batch(pairs[i : i + size], *world()) for i in starts]
+        if self.trainer is not None:
+            self.trainer.lightning_module.agree_on_pieces(self.val_batches)
+
+    def fitting(self, pairs: Sequence[Pair], what: str) -> Sequence[Pair]:
+        """The examples within the limits of length.
+
+        Raises:
+            UserError: an empty solution; a longer example, unless it is to be dropped; none left.
+        """
+        kept, dropped = [], 0
+        for start in range(0, len(pairs), CHUNK):
+            chunk = [pairs[i] for i in range(start, min(start + CHUNK, len(pairs)))]
+            prompts, responses = self.encode(chunk)
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start):
+                written = pairs[i][1]
+                if not (written.strip() if isinstance(written, str) else written):
+                    raise UserError(f"Example {i} of {what} has an empty solution. Leave it out.")
+                reason = self.too_long(len(prompt.token_ids), len(response))
+                if reason is None:
+                    check_examples(limits_of(self.tokenizer), [prompt], [response])
+                    kept.append(i)
+                elif self.on_too_long == "error":
+                    raise UserError(
+                        f"Example {i} of {what} has {reason}. Raise the limit, or leave such examples"
+                        " out with datamodule.on_too_long=drop."
+                    )
+                else:
+                    dropped += 1
+        if dropped:
+            log.warning(f"{dropped} of {len(pairs)} examples of {what} dropped: too long.")
+        if not kept:
+            raise UserError(
+                f"No example of {what} is left: {len(pairs)} given, {dropped} over the limits"
+                f" datamodule.max_prompt_tokens={self.max_prompt_tokens} or"
+                f" max_response_tokens={self.max_response_tokens}. Raise them, or give other data."
+            )
+        return [pairs[i] for i in kept] if dropped else pairs
+
+    def too_long(self, prompt: int, response: int) -> str | None:
+        """What of an example of so many tokens is over its limit."""
+        if prompt > self.max_prompt_tokens:
+            return f"{prompt} prompt tokens, over datamodule.max_prompt_tokens={self.max_prompt_tokens}"
+        if response > self.max_response_tokens:
+            limit = f"datamodule.max_response_tokens={self.max_response_tokens}"
+            return f"a solution of {response} tokens, over {limit}"
+        return None
 
     def encode(self, pairs: Sequence[Pair]) -> tuple[list[Prompt], list[Tensor]]:
         """Prompts and responses as token ids; those of recorded rollouts are never encoded anew."""
@@ -87,7 +173,7 @@ class SFTDataModule(RunDataModule):
             prompts = [Prompt(str(i), "", "", token_ids=p) for i, (p, _) in enumerate(pairs)]
             return prompts, [torch.tensor(response) for _, response in pairs]
         prompts = [Prompt(str(i), question, "") for i, (question, _) in enumerate(pairs)]
-        prompts = self.source.template.encode(prompts, self.tokenizer, self.max_prompt_tokens)
+        prompts = self.source.template.encode(prompts, self.tokenizer, ANY_LENGTH)
         texts = [solution for _, solution in pairs]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return prompts, [torch.tensor([*x, self.tokenizer.eos_token_id]) for x in ids]
@@ -95,9 +181,26 @@ class SFTDataModule(RunDataModule):
     def batch(self, pairs: Sequence[Pair], rank: int = 0, world_size: int = 1) -> RolloutBatch:
         """A microbatch in which every response token weighs 1; a rank takes its share of the rows,
         and the divisor counts all."""
-        prompts, responses = self.encode(pairs)
-        check_examples(limits_of(self.tokenizer), prompts, responses)
-        num = len(pairs)
+        return self.update([pairs], rank, world_size)[0]
+
+    def update(
+        self, parts: Sequence[Sequence[Pair]], rank: int = 0, world_size: int = 1
+    ) -> list[RolloutBatch]:
+        """The microbatches of an optimizer step, a rank's rows of each; the divisor counts the
+        tokens of all microbatches and ranks, so that the gradient is one mean over them."""
+        encoded = [self.encode(pairs) for pairs in parts]
+        divisor = float(sum(len(r) for _, responses in encoded for r in responses))
+        return [self.collated(*part, divisor, rank, world_size) for part in encoded]
+
+    def collated(
+        self,
+        prompts: list[Prompt],
+        responses: list[Tensor],
+        divisor: float,
+        rank: int,
+        world_size: int,
+    ) -> RolloutBatch:
+        num = len(prompts)
         rollouts = Rollouts(
             prompts=prompts,
             group_ids=torch.arange(num),
@@ -110,27 +213,32 @@ class SFTDataModule(RunDataModule):
             rollout_step=0,
         )
         rows = list(range(rank, num, world_size))
-        plan = Plan(rows, torch.ones(len(rows)), float(rollouts.lengths.sum()))
+        plan = Plan(rows, torch.ones(len(rows)), divisor)
         return collate(rollouts, plan, self.tokenizer.pad_token_id)
 
     def batches(self) -> Iterator[RolloutBatch]:
         """The microbatches of one step, from where the run stands; the corpus wraps."""
-        num, size = self.batch_size * POOL, self.microbatches_per_step
+        size, accumulate = self.microbatches_per_step, self.trainer.accumulate_grad_batches
         first = self.rollout_step * size
         self.rollout_step += 1
-        for index in range(first, first + size):
-            pool, place = divmod(index, POOL)
-            if place == 0 or index == first:
-                chosen = sorted(
-                    (self.corpus[i % len(self.corpus)] for i in range(pool * num, (pool + 1) * num)),
-                    key=lambda pair: len(pair[0]) + len(pair[1]),
-                )
-                order = list(range(POOL))
-                random.Random(derive_seed(self.seed, "sft", pool)).shuffle(order)
-            start = order[place] * self.batch_size
-            batch = self.batch(chosen[start : start + self.batch_size], *world())
-            batch.last = index + 1 == first + size
-            yield batch
+        for start in range(first, first + size, accumulate):
+            parts = [self.examples(index) for index in range(start, start + accumulate)]
+            batches = self.update(parts, *world())
+            self.trainer.lightning_module.agree_on_pieces(batches)
+            batches[-1].last = start + accumulate == first + size
+            yield from batches
+
+    def examples(self, index: int) -> list[Pair]:
+        """The examples of a run's microbatch: alike in length, in a seeded order of pools."""
+        pool, place = divmod(index, POOL)
+        if self._pool[0] != pool:
+            num = self.batch_size * POOL
+            chosen = (self.corpus[i % len(self.corpus)] for i in range(pool * num, (pool + 1) * num))
+            self._pool = pool, sorted(chosen, key=lambda pair: len(pair[0]) + len(pair[1]))
+        order = list(range(POOL))
+        random.Random(derive_seed(self.seed, "sft", pool)).shuffle(order)
+        start = order[place] * self.batch_size
+        return self._pool[1][start : start + self.batch_size]
 
     @property
     def microbatches_per_step(self) -> int:
@@ -172,7 +280,7 @@ def solved(prompts: list[Prompt]) -> list[tuple[str, str]]:
                 f"algo=sft takes plain questions, but prompt {prompt.id} is a chat. Name the turn"
                 " that asks, such as data.question_column=messages.0.content."
             )
-        if prompt.solution is None:
+        if prompt.solution is None or not prompt.solution.strip():
             raise UserError(
                 f"algo=sft needs worked solutions, but prompt {prompt.id} has none. Set"
                 " data.solution_column, or give datamodule.corpus."
