@@ -129,6 +129,7 @@ def rollout_figures(rollouts: Rollouts) -> dict[str, float]:
         "reward": float(rewards.mean()),
         "accept_rate": share(is_right(rollouts.rewards)),
         "unverifiable": share(rollouts.verdicts == Verdict.UNVERIFIABLE),
+        "unverifiable/gold": rollouts.num_unparsed_golds / len(rollouts),
         "truncated": share(rollouts.truncated),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),

@@ -154,6 +154,7 @@ class RolloutDataModule(RunDataModule):
                 f" {len(self.train_prompts)} training prompts. Lower it, or give more data"
                 " (data.max_prompts, on_too_long and on_overlap may leave prompts out)."
             )
+        self.drawer.golds_to_try = [*self.train_prompts, *self.val_prompts]
 
     def shard(self) -> list[Prompt]:
         """The prompts of the current epoch, in the order they will be drawn."""

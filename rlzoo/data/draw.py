@@ -17,7 +17,7 @@ from rlzoo.engines.base import Engine, Request, Response, SamplingParams
 from rlzoo.errors import UserError
 from rlzoo.ledger import Ledger
 from rlzoo.progress import Bars
-from rlzoo.rewards.base import Reward, Scores
+from rlzoo.rewards.base import Reward, Scores, Verdict
 from rlzoo.rewards.calling import RewardCaller
 from rlzoo.rng import STREAMS, response_seed
 from rlzoo.types import Prompt, Rollouts
@@ -48,6 +48,7 @@ class Drawer:
     ) -> None:
         self.engine, self.reward, self.tokenizer = engine, RewardCaller(reward), tokenizer
         self.params, self.ledger, self.bars, self.seed = params, ledger, bars, seed
+        self.golds_to_try: list[Prompt] = []  # whose gold answers the first draw has checked
 
     def draw(
         self,
@@ -83,13 +84,23 @@ class Drawer:
         with self.ledger.phase(f"verifying/{stream}"):
             scored = self._score([prompts[piece.prompt] for piece in mine], drawn)
         with self.ledger.phase(f"gathering/{stream}"):
-            parts = all_gather((list(zip(mine, scored, strict=True)), seconds))
-            pairs = sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])
+            pieces = list(zip(mine, scored, strict=True))
+            parts = all_gather((pieces, seconds, self.reward.unparsed_golds))
+            pairs = sorted((pair for part, *_ in parts for pair in part), key=lambda pair: pair[0])
             rollouts = assemble(prompts, budgets, [s for _, s in pairs], version, rollout_step)
         check_finite(rollouts, stream, self.engine)
-        rollouts.sampling_seconds = max(seconds for _, seconds in parts)  # the slowest rank's
+        rollouts.sampling_seconds = max(seconds for _, seconds, _ in parts)  # the slowest rank's
+        self._tell_unverifiable(rollouts, [i for *_, unparsed in parts for i in unparsed])
         self.ledger.drew(stream, rollouts.lengths.tolist())
         return rollouts
+
+    def _tell_unverifiable(self, rollouts: Rollouts, unparsed: list[str]) -> None:
+        """Counts the unverifiable responses by cause, and has the first rank say what is amiss."""
+        rollouts.num_unparsed_golds = len(unparsed)
+        if world()[0] == 0:
+            unverifiable = int((rollouts.verdicts == Verdict.UNVERIFIABLE).sum())
+            self.reward.tell_unparsed(unparsed)
+            self.reward.tell_limits(unverifiable - len(unparsed), len(rollouts))
 
     def expected_length(self) -> float:
         """Tokens of a response: the mean of all that the run drew, its limit before the first.
@@ -119,6 +130,9 @@ class Drawer:
         self, prompts: list[Prompt], drawn: list[list[Response]]
     ) -> list[tuple[list[Response], Scores]]:
         """Each piece's responses with their scores; `prompts[i]` is the prompt of `drawn[i]`."""
+        if world()[0] == 0:
+            self.reward.check_golds(self.golds_to_try)
+        self.golds_to_try = []
         flat = [(p, r) for p, group in zip(prompts, drawn, strict=True) for r in group]
         texts = [self.text(response) for _, response in flat]
         bar = self.bars.phase("verifying", len(flat), "responses")
@@ -191,6 +205,7 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
         rewards=torch.cat([part.rewards for part in parts]),
         verdicts=torch.cat([part.verdicts for part in parts]),
         num_near_ties=sum(part.num_near_ties for part in parts),
+        num_unparsed_golds=sum(part.num_unparsed_golds for part in parts),
         sampling_seconds=sum(part.sampling_seconds for part in parts),
     )
 

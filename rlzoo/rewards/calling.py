@@ -17,6 +17,8 @@ from rlzoo.errors import UserError
 from rlzoo.rewards.base import Reward, Scores, Verdict, is_right
 from rlzoo.types import Prompt
 
+_GOLDS_TRIED, _GOLDS_NAMED = 256, 20
+
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +46,7 @@ class RewardCaller:
             )
         self.reward, self.takes_progress = reward, takes_progress(reward)
         self.has_told: set[str] = set()
+        self.unparsed_golds: list[str] = []  # of the last call: ids of prompts, one a response
 
     def __call__(
         self,
@@ -53,10 +56,12 @@ class RewardCaller:
         on_progress: Callable[[int], None] | None = None,
     ) -> Scores:
         """Score N rollouts. A reward is not called for none, as a rank without prompts has it."""
+        self.unparsed_golds = []
         if not prompts:
             return Scores(torch.zeros(0), torch.zeros(0, dtype=torch.int8))
         extra = {"on_progress": on_progress} if self.takes_progress else {}
         returned = self.reward(list(prompts), list(texts), list(truncated), **extra)
+        self.unparsed_golds = list(getattr(self.reward, "unparsed_golds", ()))
         rewards, verdicts = returned if isinstance(returned, Scores) else (returned, None)
         rewards = self.checked_rewards(rewards, prompts)
         right = is_right(rewards)
@@ -75,6 +80,40 @@ class RewardCaller:
                 " (accept_rate, avg@k, GVM, RAFT): scale it so that 1 is the full reward.",
             )
         return Scores(rewards, verdicts)
+
+    def check_golds(self, prompts: Sequence[Prompt]) -> None:
+        """Names those of up to 256 prompts, from all over, whose gold answer makes no sense."""
+        if not prompts or not hasattr(self.reward, "unparsed"):
+            return
+        sample = prompts[:: max(1, len(prompts) // _GOLDS_TRIED)][:_GOLDS_TRIED]
+        if found := self.reward.unparsed(sample):
+            named = ", ".join(f"{p.id} ({p.answer!r:.40})" for p in found[:5])
+            log.warning(
+                f"{len(found)} of {len(sample)} gold answers tried cannot be parsed, so that only"
+                f" their very words would be right: {named}. Mend them or leave them out."
+            )
+
+    def tell_unparsed(self, ids: Sequence[str]) -> None:
+        """Says once of each prompt that its gold answer made no sense, up to a number of them."""
+        new = [i for i in dict.fromkeys(ids) if f"gold {i}" not in self.has_told]
+        told = sum(name.startswith("gold ") for name in self.has_told)
+        for prompt_id in new[: max(0, _GOLDS_NAMED - told)]:
+            self.tell_once(
+                f"gold {prompt_id}",
+                f"The gold answer of prompt {prompt_id} cannot be parsed: its responses are"
+                " unverifiable and teach nothing (unverifiable/gold counts them). Mend it or leave"
+                " it out.",
+            )
+
+    def tell_limits(self, num_hit: int, num_responses: int) -> None:
+        """Says once that limits of the verifier decide about a good part of the answers."""
+        if num_responses >= 20 and num_hit > 0.05 * num_responses:
+            self.tell_once(
+                "limits",
+                f"{num_hit} of {num_responses} answers hit a limit of the reward (time, memory or"
+                " length) and earn nothing. If they are no nonsense, raise"
+                " reward.seconds_per_answer, reward.memory_mb or reward.max_answer_chars.",
+            )
 
     def close(self) -> None:
         if callable(close := getattr(self.reward, "close", None)):

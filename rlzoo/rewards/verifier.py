@@ -32,6 +32,8 @@ from rlzoo.types import Prompt
 from rlzoo.values import AtLeast1, Positive
 
 _START_SECONDS = 120.0  # imports take one second; a cold disk on a busy machine, many
+_NO_ANSWER = r"\boxed{\text{no answer at all}}"
+_PATIENCE = 4  # wall seconds for each processor second, where other processes take their share
 _BATCH = 16  # answers sent at once; a message costs about as much as the shortest answer
 
 
@@ -42,7 +44,7 @@ class WorkerServer:
         """Start it and wait until it is ready.
 
         Raises:
-            RuntimeError: it could not start; its own message is on stderr.
+            UserError: it could not start; its own message is on stderr.
         """
         self._control, theirs = socket.socketpair()
         package_root = str(Path(__file__).resolve().parents[2])
@@ -63,10 +65,13 @@ class WorkerServer:
         try:
             self._receive(1)
         except OSError as error:
+            code = self._process.poll()
+            how = f"was not ready after {_START_SECONDS:g} s" if code is None else f"ended with {code}"
             self.close()
-            raise RuntimeError(
-                "The verifier's worker server did not start; what it says is on stderr, and"
-                " `python -c 'import math_verify'` should work with the same Python."
+            raise UserError(
+                f"reward=math: the verifier's worker server {how}; what it says stands above."
+                f" `{sys.executable} -c 'import math_verify'` must work, on a machine with memory"
+                " and processes to spare."
             ) from error
 
     def fork(self) -> Worker:
@@ -101,7 +106,24 @@ class Worker:
     connection: Connection
     batch: deque[int] = field(default_factory=deque)  # positions in the call's answers
     deadline: float = 0.0  # of the first in `batch`, seconds of time.monotonic
+    last_deadline: float = 0.0  # the same, however busy the machine
+    spent: float = 0.0  # processor seconds when the first in `batch` began
     answered: int = 0
+
+    def begin(self, seconds: float) -> None:
+        """The next answer of `batch` has so many processor seconds, and more of a busy machine."""
+        now = time.monotonic()
+        self.deadline, self.last_deadline = now + seconds, now + seconds * _PATIENCE
+        self.spent = processor_seconds(self.pid)
+
+    def overran(self, seconds: float) -> bool:
+        """Whether the answer has had its seconds; if the machine kept them back, it gets them."""
+        now = time.monotonic()
+        left = seconds - (processor_seconds(self.pid) - self.spent)
+        if now < self.deadline or now >= self.last_deadline or left <= 0:
+            return now >= self.deadline
+        self.deadline = min(self.last_deadline, now + max(left, 0.02))
+        return False
 
     def kill(self) -> None:
         """End the process and drop its unread reports."""
@@ -123,8 +145,9 @@ class VerifierPool:
 
     Args:
         num_workers: processes.
-        seconds_per_answer: wall limit of each answer; one that takes longer is UNVERIFIABLE and
-            costs its worker, whose other answers go to the next.
+        seconds_per_answer: processor seconds of each answer; one that takes longer is UNVERIFIABLE
+            and costs its worker, whose other answers go to the next. On a busy machine, at most
+            four times as many seconds of wall time.
         memory_mb: MiB a worker may take on top of what it starts with; an answer that asks for
             more is UNVERIFIABLE.
         max_answer_chars: longest answer that is looked at, in characters. If the response has a
@@ -147,6 +170,7 @@ class VerifierPool:
         self.memory_mb = _at_least("memory_mb", memory_mb, 16)
         self.max_answer_chars = _at_least("max_answer_chars", max_answer_chars, 1)
         self.recycle_after = _at_least("recycle_after", recycle_after, 1)
+        self.unparsed_golds: list[int] = []  # positions in the last call's golds
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._server: WorkerServer | None = None
@@ -167,7 +191,7 @@ class VerifierPool:
 
         Raises:
             ValueError: not as many gold answers as responses.
-            RuntimeError, OSError: the workers cannot be started.
+            UserError, OSError: the workers cannot be started.
         """
         if len(golds) != len(responses):
             raise ValueError(f"{len(golds)} gold answers for {len(responses)} responses")
@@ -191,6 +215,7 @@ class VerifierPool:
     def _verify(
         self, golds: Sequence[str], responses: Sequence[str], on_progress: Callable[[int], None]
     ) -> list[Verdict]:
+        self.unparsed_golds = []
         verdicts = [Verdict.UNVERIFIABLE] * len(responses)
         answers = [shorten(response) for response in responses]
         longest = [max(len(gold), len(answer)) for gold, answer in zip(golds, answers)]
@@ -212,7 +237,7 @@ class VerifierPool:
 
     def _send(self, worker: Worker, batch: list[int], pairs: list[tuple[str, str]]) -> None:
         worker.batch.extend(batch)
-        worker.deadline = time.monotonic() + self.seconds_per_answer
+        worker.begin(self.seconds_per_answer)
         try:
             worker.connection.send(pairs)
         except (BrokenPipeError, ConnectionResetError):
@@ -228,12 +253,11 @@ class VerifierPool:
         first_deadline = min(worker.deadline for worker in busy)
         timeout = max(0.0, first_deadline - time.monotonic())
         ready = wait([worker.connection for worker in busy], timeout)
-        now = time.monotonic()
         for worker in busy:
             if worker.connection in ready:
                 is_alive = self._read_reports(worker, verdicts)
             else:
-                is_alive = now < worker.deadline
+                is_alive = not worker.overran(self.seconds_per_answer)
             if not is_alive:
                 worker.batch.popleft()  # the one it was at: UNVERIFIABLE
                 waiting.extendleft(reversed(worker.batch))
@@ -245,10 +269,13 @@ class VerifierPool:
         """Whether the worker lives, or has answered all it was sent."""
         try:
             while worker.batch and worker.connection.poll():
-                verdicts[worker.batch[0]] = Verdict(worker.connection.recv_bytes()[0])
-                worker.batch.popleft()
+                verdict = Verdict(worker.connection.recv_bytes()[0])
+                position = worker.batch.popleft()
+                verdicts[position] = verdict
+                if verdict is Verdict.UNVERIFIABLE:  # a worker that lives says it of golds alone
+                    self.unparsed_golds.append(position)
                 worker.answered += 1
-                worker.deadline = time.monotonic() + self.seconds_per_answer
+                worker.begin(self.seconds_per_answer)
         except (EOFError, ConnectionResetError):
             return False
         return True
@@ -285,6 +312,9 @@ class VerifierPool:
 class MathReward:
     """1 for a right final answer, 0 for any other; the verdict tells wrong from unverifiable.
 
+    After a call, `unparsed_golds` has the prompt's id for each response that is unverifiable
+    because its gold answer cannot be parsed.
+
     Args:
         truncated_is_wrong: a response cut off at the length limit is WRONG unseen. Otherwise it
             is judged as it stands, as in the reference code, and a result on the way may count.
@@ -309,6 +339,7 @@ class MathReward:
             recycle_after=recycle_after,
         )
         self.truncated_is_wrong = truncated_is_wrong
+        self.unparsed_golds: list[str] = []
 
     def __call__(
         self,
@@ -339,11 +370,27 @@ class MathReward:
         report = on_progress and (lambda num_known: on_progress(num_unseen + num_known))
         known = self.pool.verify(golds, responses, report)
         verdicts[judged] = torch.tensor(known, dtype=torch.int8)
+        self.unparsed_golds = [prompts[judged[i]].id for i in self.pool.unparsed_golds]
         return Scores((verdicts == int(Verdict.RIGHT)).float(), verdicts)
+
+    def unparsed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts whose gold answer cannot be parsed: only its very words would be right."""
+        self.pool.verify([p.answer for p in prompts], [_NO_ANSWER] * len(prompts))
+        return [prompts[i] for i in sorted(self.pool.unparsed_golds)]
 
     def close(self) -> None:
         """End the worker processes; a later call starts them again."""
         self.pool.close()
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process has used, in steps of 0.01 s; infinite if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return math.inf
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _at_least(key: str, value: float, least: float) -> float:

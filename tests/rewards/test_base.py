@@ -1,6 +1,7 @@
 """One meaning of "right", and rewards of a user's own: what is taken and what is refused."""
 
 import csv
+import json
 import logging
 
 import numpy as np
@@ -192,3 +193,18 @@ def test_a_reward_of_nan_never_trains(tmp_path):
     own = with_reward(tmp_path, "tests.rewards.graded.Nan")
     told = warm.refused(tmp_path / "run", *own, small=False)
     assert "The reward tests.rewards.graded.Nan gave nan to a response to prompt arith" in told
+
+
+def test_golds_without_sense_are_named_at_start_and_counted_by_step(tmp_path):
+    golds = ["t(0,4]" if i % 3 == 0 else str(2 * i) for i in range(24)]
+    rows = [{"question": f"What is {i} + {i}?", "answer": gold} for i, gold in enumerate(golds)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = [override for override in warm.SMALL if not override.startswith("data.num")]
+    own = ("data=jsonl", f"data.path={path}", "data.val_fraction=0.2", "limits.max_responses=16")
+    told = " ".join(warm.passed(tmp_path / "run", *small, *own, small=False).split())
+    assert "8 of 24 gold answers tried cannot be parsed" in told and "('t(0,4]')" in told
+    assert "cannot be parsed: its responses are unverifiable" in told
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        row = list(csv.DictReader(file))[-1]
+    assert 0 < float(row["unverifiable/gold"]) == float(row["unverifiable"])

@@ -321,3 +321,38 @@ def test_only_right_answers_earn_one(truncated_is_wrong: bool, expected: list[Ve
 def test_no_rollouts_at_all_have_empty_scores():
     scores = MathReward()([], [], [])
     assert scores.rewards.shape == scores.verdicts.shape == (0,)
+
+
+def test_a_machine_that_is_held_up_costs_no_verdict():
+    with VerifierPool(num_workers=1, seconds_per_answer=0.3) as pool:
+        pool.verify(["1"], [boxed("1.0")])
+        (pid,) = worker_pids(pool)
+        os.kill(pid, signal.SIGSTOP)
+        threading.Timer(0.6, lambda: os.kill(pid, signal.SIGCONT)).start()
+        assert pool.verify(["x+1"], [boxed("1+x")]) == [RIGHT]
+        assert worker_pids(pool) == [pid]
+
+
+def test_a_worker_that_never_goes_on_is_given_up():
+    with VerifierPool(num_workers=1, seconds_per_answer=0.1) as pool:
+        pool.verify(["1"], [boxed("1.0")])
+        os.kill(worker_pids(pool)[0], signal.SIGSTOP)
+        assert pool.verify(["x+1"], [boxed("1+x")]) == [UNVERIFIABLE]
+
+
+def test_golds_that_do_not_parse_are_told_from_limits():
+    golds = ["t(0,4]", "x+1", "5", "10^{10^{10}}", "t(0,4]", ""]
+    responses = [boxed(a) for a in ("5", ENDLESS[0], "5", "1.5", "t(0,4]", "5")]
+    prompts = [Prompt(id=f"p{i}", question="?", answer=gold) for i, gold in enumerate(golds)]
+    reward = MathReward(num_workers=1, seconds_per_answer=LIMIT)
+    verdicts = reward(prompts, responses, [False] * 6).verdicts.tolist()
+    assert verdicts == [UNVERIFIABLE, UNVERIFIABLE, RIGHT, UNVERIFIABLE, RIGHT, UNVERIFIABLE]
+    assert sorted(reward.unparsed_golds) == ["p0", "p5"]
+    assert reward.unparsed(prompts) == [prompts[0], prompts[4], prompts[5]]
+    reward.close()
+
+
+def test_a_server_that_does_not_start_is_an_error_of_the_user(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="worker server ended with 1; what it says stands above"):
+        VerifierPool().verify(["1"], [boxed("1")])
