@@ -55,7 +55,8 @@ def head_gradient_norms(
         transform: from the head's output to the model's logits.
     """
     hidden = [h.float() for h in hidden]
-    size = max(1, CHUNK_ELEMENTS // max(len(t) for t in tokens))
+    longest = max(1, *(len(t) for t in tokens))  # a rank without responses has one blank row
+    size = max(1, CHUNK_ELEMENTS // longest)
     starts = range(0, len(head_weight), size)
     log_norms: list[Tensor | None] = [None] * len(hidden)
 

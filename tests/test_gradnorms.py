@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rlzoo.callbacks.gvm import gradient_norms
-from rlzoo.gradnorms import head_gradient_norm
+from rlzoo.gradnorms import head_gradient_norm, head_gradient_norms
 from rlzoo.logprobs import response_scores
 from rlzoo.microbatching import Plan, collate
 from tests.conftest import make_tiny_model
@@ -32,3 +32,12 @@ def test_norms_of_rollouts_equal_autograd_through_the_policy(max_tokens):
         policy.zero_grad()
         response_scores(policy, batch, 0.8).logprobs.sum().backward()
         assert norm.item() == pytest.approx(policy.lm_head.weight.grad.norm().item(), rel=1e-5)
+
+
+def test_a_row_without_tokens_has_norm_0_and_changes_no_other():
+    """Such a row is what a rank without responses has."""
+    hidden, weight, tokens = torch.randn(5, 16), torch.randn(50, 16), torch.arange(5)
+    blank = torch.zeros(0, 16), torch.zeros(0, dtype=torch.long)
+    norms = head_gradient_norms([hidden, blank[0]], weight, [tokens, blank[1]], 1.0)
+    assert norms.tolist() == [float(head_gradient_norm(hidden, weight, tokens, 1.0)), 0.0]
+    assert head_gradient_norms([blank[0]], weight, [blank[1]], 1.0).tolist() == [0.0]

@@ -42,7 +42,7 @@ from rlzoo.types import RolloutBatch
 
 LIMIT = 1e-4  # nats between rlzoo's log-prob of a token and the model's own forward
 LENGTHS = (17, 5, 11)  # tokens of the sequences that are scored
-SECONDS = 120  # for one family
+SECONDS = 300  # for one family
 PARAMS = SamplingParams(temperature=0.8, max_response_tokens=9)
 
 
@@ -253,7 +253,7 @@ def short(error: Exception, folder: Path | None = None) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """In Markdown, families that work first."""
-    titles = ("family", "model", "", "attention", "engine=transformers", "worst gap, nats")
+    titles = ("family", "model", "result", "attention", "engine=transformers", "worst gap, nats")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     order = {"works": 0, "refused": 1, "none": 2, "fails": 3}
     for row in sorted(rows, key=lambda r: (order[r.outcome], r.family)):
