@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import numbers
 import re
 import unicodedata
@@ -14,6 +15,7 @@ MOST_PLACES = 4000  # a number is written out with so many digits, at most
 
 _SCIENTIFIC = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?[0-9][0-9.,]*([eE][+-]?[0-9]+)?")
+_CHAT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # a chat as text
 _SPACED = re.compile("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")  # unbroken spaces
 
 
@@ -38,7 +40,7 @@ def text_of(value: Any) -> str:
     text = value.strip() if isinstance(value, str) else number_text(value)
     if not text:
         raise BadRow("is empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise BadRow("holds half a surrogate pair, which no tokenizer can read")
     return text
 
@@ -96,6 +98,8 @@ def plain(value: Any) -> str:
     if isinstance(value, list):
         raise BadRow("is a list, not text or a number; data.answer_format=first takes its first")
     text = text_of(value)
+    if text.startswith('["') and text.endswith('"]'):
+        raise BadRow("is a list written as text; data.answer_format=first takes its first")
     if "####" in text:
         raise BadRow("holds ####, so a solution; data.answer_format=hashes takes what stands after")
     if text.lower() == "nan":  # a missing value that was made text on the way
@@ -126,7 +130,9 @@ def hashes(value: Any) -> str:
 
 
 def first(value: Any) -> str:
-    """The first element of a list."""
+    """The first element of a list, which may be written as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = from_text(value, "list")
     if not isinstance(value, list):
         raise BadRow(f"is a {type(value).__name__}, not a list")
     if not value:
@@ -142,6 +148,14 @@ ANSWER_FORMATS: dict[str, Callable[[Any], str]] = {
     "hashes": hashes,
     "first": first,
 }
+
+
+def from_text(text: str, what: str) -> Any:
+    """What JSON text stands for, numbers with the digits that they have."""
+    try:
+        return json.loads(text, parse_float=Decimal, parse_int=Decimal)
+    except ValueError as error:
+        raise BadRow(f"is a {what} written as text that is not JSON ({error})") from None
 
 
 # --- chats --------------------------------------------------------------------------------------
@@ -185,6 +199,8 @@ def chat_text(turns: tuple[dict[str, Any], ...]) -> str:
 
 def turns_and_text(value: Any) -> tuple[tuple[dict[str, Any], ...] | None, str]:
     """(turns, text) of a question that may be a chat; turns are None where it is text."""
+    if isinstance(value, str) and _CHAT.match(value):
+        value = from_text(value, "chat")
     if not isinstance(value, list):
         return None, text_of(value)
     turns = chat_turns(value)

@@ -162,7 +162,7 @@ class FilePrompts:
     def read_files(self, path: str, files: Sequence[Path]) -> list[Prompt]:
         names = (self.question_column, self.answer_column, self.solution_column, self.id_column)
         columns = list(dict.fromkeys(name for name in names if name is not None))
-        kept = Kept()
+        kept = Kept(ids_are_questions=self.id_column is None)
         unmet = set(columns)
         found: dict[str, None] = {}  # columns, in the order they were met
         problems: list[str] = []
@@ -171,7 +171,8 @@ class FilePrompts:
                 if isinstance(row, BadRow):
                     raise row
                 found |= dict.fromkeys(row)
-                unmet -= {name for name in unmet if has(row, name)}
+                if unmet:
+                    unmet -= {name for name in unmet if has(row, name)}
                 kept.add(self.to_prompt(row), place)
             except BadRow as problem:
                 problems.append(f"{place}: {problem}")
@@ -209,11 +210,13 @@ class FilePrompts:
     def field(self, row: dict[str, Any], key: str, convert: Callable[[Any], T]) -> T:
         """What stands in the column that setting `key` names."""
         name = getattr(self, key)
-        if not has(row, name):
-            raise BadRow(f"has no column {name!r} (data.{key}); {columns_and_match(name, row)}")
+        try:
+            value = value_at(row, name)
+        except KeyError:
+            near = columns_and_match(name, row)
+            raise BadRow(f"has no column {name!r} (data.{key}); {near}") from None
         if name in getattr(row, "repeated", ()):
             raise BadRow(f"has column {name!r} (data.{key}) twice")
-        value = value_at(row, name)
         if value is None:
             raise BadRow(f"column {name!r} (data.{key}) is null")
         try:
@@ -245,9 +248,14 @@ class FilePrompts:
 
 
 class Kept:
-    """The prompts of the rows read so far, no id and no question twice."""
+    """The prompts of the rows read so far, no id and no question twice.
 
-    def __init__(self) -> None:
+    Args:
+        ids_are_questions: whether an id is the hash of its question already.
+    """
+
+    def __init__(self, ids_are_questions: bool) -> None:
+        self.ids_are_questions = ids_are_questions
         self.prompts: list[Prompt] = []
         self.places: list[str] = []
         self.conflicts = 0  # repeated questions with another answer
@@ -256,7 +264,9 @@ class Kept:
 
     def add(self, prompt: Prompt, place: str) -> None:
         """Raises BadRow for a repeated id or question."""
-        key = question_id(prompt.question, prompt.turns)
+        key = prompt.id
+        if not self.ids_are_questions:
+            key = question_id(prompt.question, prompt.turns)
         index = self._by_question.get(key)
         what = f"prompt {prompt.id!r}"
         if index is None:

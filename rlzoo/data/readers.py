@@ -55,8 +55,8 @@ def read_rows(path: Path, columns: Sequence[str], file_format: str = "auto") -> 
         raise cut_short(path, error) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not {found.encoding} text throughout ({error}); convert the file, such as by"
-            " iconv -f latin1 -t utf-8."
+            f"{path} is not {found.encoding} text throughout ({error}); convert the file, such as"
+            " by iconv -f latin1 -t utf-8."
         ) from error
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -194,8 +194,8 @@ def read_csv(file: BinaryIO, found: Content, path: Path, columns: Sequence[str])
         except csv.Error as error:
             if "unexpected end" in str(error):  # the quote took all the lines that follow
                 raise UserError(
-                    f"{path}, line {number}: a quote is opened that is never closed ({error}). Close"
-                    " it; a quote inside a cell is written twice."
+                    f"{path}, line {number}: a quote is opened that is never closed ({error})."
+                    " Close it; a quote inside a cell is written twice."
                 ) from error
             yield number, BadRow(f"is not CSV ({error}); a quote inside a cell is written twice")
             continue
@@ -230,8 +230,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
-            f"{path} is not a readable parquet file ({error}). If it is cut short, write or download"
-            " it anew."
+            f"{path} is not a readable parquet file ({error}). If it is cut short, write or"
+            " download it anew."
         ) from error
 
 
@@ -289,10 +289,19 @@ def nested(names: Iterable[str], types: dict[str, Any]) -> list[str]:
 
 
 def columns_and_match(name: str, found: Iterable[str]) -> str:
+    """What columns there are, of a row or by name, and the one that may have been meant."""
+    cells = found if isinstance(found, dict) else {}
+    inside = [name for name, cell in cells.items() if is_table(cell)]
     found = sorted(found)
     match = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
     hint = f"; did you mean {match[0]!r}?" if match else ""
+    if inside and not match:
+        hint = f"; rows stand inside {inside[0]!r}: write them one a line"
     return f"columns found: {found}{hint}"
+
+
+def is_table(value: Any) -> bool:  # noqa: ANN401
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict)
 
 
 def no_such_column(path: Path, name: str, found: Iterable[str]) -> UserError:

@@ -33,6 +33,8 @@ READ = [("What is 1 + 1?", "2"), ("Où est-ce, ou «là»?", "1,234")]  # what a
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1 + 1?"}]
 ANSWERED = [*CHAT, {"role": "assistant", "content": "2"}]
+CHAT_READ = [("system: Be brief.\n\nuser: What is 1 + 1?", "2")]
+AS_TEXT = json.dumps({"m": json.dumps(CHAT), "answer": 2})
 CSV = 'question,answer\nWhat is 1 + 1?,2\n"Où est-ce, ou «là»?","1,234"\n'
 
 
@@ -130,6 +132,7 @@ GIVEN = [
         {"a.json": json.dumps({"data": ROWS}, indent=2)},
         prompts=None,
     ),
+    Case("rows inside an object", {"a.json": json.dumps({"data": ROWS})}, prompts=None),
     Case("parquet", {"a.parquet": parquet(TEXT)}),
     Case("parquet under another name", {"a.jsonl": parquet(TEXT)}),
     Case(
@@ -143,7 +146,7 @@ GIVEN = [
         "parquet, nested columns and a chat",
         {"a.parquet": parquet([NESTED])},
         VERL,
-        [("system: Be brief.\n\nuser: What is 1 + 1?", "2")],
+        CHAT_READ,
     ),
     Case(
         "a turn of a chat by its place",
@@ -186,6 +189,13 @@ GIVEN = [
         {"a.jsonl": json.dumps({"m": ANSWERED})},
         {"question_column": "m.1.content", "answer_column": "m.2.content"},
         ONE,
+    ),
+    Case("a chat as JSON text", {"a.jsonl": AS_TEXT}, {"question_column": "m"}, CHAT_READ),
+    Case(
+        "a chat as Python text",
+        {"a.jsonl": json.dumps({"m": str(CHAT), "answer": 2})},
+        {"question_column": "m"},
+        None,
     ),
     Case(
         "turns of from and value",

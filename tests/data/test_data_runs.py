@@ -1,11 +1,13 @@
 """What a run makes of its files, as a user meets it: on the command line."""
 
+import gzip
 import json
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
+from rlzoo.models.policy import load_tokenizer
 from tests import warm
 
 FILE = (
@@ -46,6 +48,31 @@ def test_a_run_is_scored_by_the_numbers_in_its_file_and_tells_what_it_also_valid
     )
     assert "1 training prompts dropped" in dropped
     assert "prompts_per_epoch=8, but the data has only 7" in dropped
+
+
+def test_a_run_trains_on_chats_and_nested_answers_of_packed_shards(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i}+{i}"}], "reward": {"truth": 2 * i}}
+        for i in range(1, 17)
+    ]
+    for number in (0, 1):
+        lines = "\n".join(map(json.dumps, rows[number::2]))
+        name = f"train-0000{number}-of-00002.jsonl.gz"
+        (tmp_path / name).write_bytes(gzip.compress(lines.encode()))
+    columns = ("data.question_column=prompt", "data.answer_column=reward.truth")
+    output = warm.passed(
+        *(tmp_path / "run", *FILE, *columns, f"data.path={tmp_path}/", "data.val_fraction=0.3"),
+        "data.template.user_suffix=' = ?'",
+        small=False,
+    )
+    assert "data.template.system, user_prefix and user_suffix are not added" in output
+    table = pyarrow.parquet.read_table(tmp_path / "run/rollouts/step_000000.parquet").to_pylist()
+    tokenizer = load_tokenizer("tiny")
+    for row in table:
+        question = tokenizer.decode(row["prompt_ids"]).replace("<|user|>", "")
+        assert question.replace("<|assistant|>", "") == row["question"]
+        first, _, second = row["question"].partition("+")
+        assert int(first) + int(second) == int(row["answer"])
 
 
 @pytest.mark.parametrize(

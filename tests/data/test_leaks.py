@@ -31,7 +31,7 @@ def test_questions_that_differ_in_spaces_alone_are_in_one_split_whatever_their_i
     tmp_path: Path,
 ) -> None:
     rows = [
-        {"question": f"What is{space}{i} + 1?", "answer": i + 1, "id": f"{i}-{ord(space[-1])}{space}"}
+        {"question": f"What is{space}{i} + 1?", "answer": i + 1, "id": f"{i}-{ord(space[-1])}"}
         for i in range(200)
         for space in (" ", " \t", "\n")
     ]
@@ -42,12 +42,13 @@ def test_questions_that_differ_in_spaces_alone_are_in_one_split_whatever_their_i
 
 
 @pytest.mark.parametrize(
-    ("answer", "named"), [(2, "question of prompt 'a'"), (3, "with another answer .'3', there '2'.")]
+    ("answer", "named"),
+    [(2, "question of prompt 'a'"), (3, "with another answer .'3', there '2'.")],
 )
 def test_a_question_under_two_ids_is_a_bad_row(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, answer: int, named: str
 ) -> None:
-    rows = [{"question": "1 + 1?", "answer": 2, "id": "a"}, {"question": "2?", "answer": 2, "id": 9}]
+    rows = [{"question": q, "answer": 2, "id": name} for q, name in (("1 + 1?", "a"), ("2?", 9))]
     path = write(tmp_path / "rows.jsonl", [*rows, rows[0] | {"id": "b", "answer": answer}])
     with pytest.raises(UserError, match=f"line 3: repeats .* line 1.*{named}|{named}"):
         source(path, id_column="id", val_fraction=0.0).load("train")

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlzoo.data.answers import BadRow, plain
+from rlzoo.data.answers import BadRow, first, plain
 from rlzoo.data.prompts import FilePrompts
 from rlzoo.errors import UserError
 from rlzoo.rewards.math import Verdict, verdict
@@ -115,6 +115,13 @@ def test_a_number_in_csv_is_compared_as_it_is_written(tmp_path: Path) -> None:
         assert verdict(gold, rf"\boxed{{{response}}}") == Verdict.RIGHT
 
 
+def test_a_list_written_as_text_gives_its_first_with_its_digits() -> None:
+    assert first('["18", "19"]') == "18" and first("[1e-7]") == "0.0000001"
+    assert plain("[1, 2]") == "[1, 2]"  # an interval
+    with pytest.raises(BadRow, match="a list written as text that is not JSON"):
+        first("['18']")
+
+
 def test_numbers_of_python_and_numpy_are_written_out() -> None:
     assert plain(np.float32(0.1)) == plain(np.float64(0.1)) == plain(0.1) == "0.1"
     assert plain(np.int64(5)) == "5" and plain(Fraction(1, 3)) == "1/3"
@@ -133,6 +140,7 @@ def test_numbers_of_python_and_numpy_are_written_out() -> None:
         (b"\xff", "not UTF-8"),
         ([1, 2], "answer_format=first"),
         ({"text": "1"}, r"\['text'\]"),
+        ('["18"]', "answer_format=first"),
         ("48/2=24\n#### 24", "answer_format=hashes"),
     ],
 )

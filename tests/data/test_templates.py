@@ -151,7 +151,7 @@ def test_arguments_reach_the_chat_template(tokenizer: PreTrainedTokenizerFast) -
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"enable_thinkin": False}, "arguments.enable_thinkin does nothing.* reads enable_thinking"),
+        ({"enable_thinkin": False}, "enable_thinkin does nothing.* reads enable_thinking"),
         ({"add_generation_prompt": False}, "is not the chat template's but rlzoo's"),
         ({"continue_final_message": True}, "is not the chat template's but rlzoo's"),
         ({"role": "user"}, "arguments.role does nothing"),
@@ -169,7 +169,8 @@ def test_names_that_a_template_reads_are_found_whatever_it_does_with_them() -> N
     source = (
         "{%- if tools is defined %}{% set n = tools %}{% endif %}"
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
-        "{% set effort = effort | default('low') %}{% macro show(x) %}{{ x }}{{ depth }}{% endmacro %}"
+        "{% set effort = effort | default('low') %}"
+        "{% macro show(x) %}{{ x }}{{ depth }}{% endmacro %}"
         "{% for message in messages %}{% if loop.first %}{% continue %}{% endif %}"
         "{% generation %}{{ show(n) }}{% endgeneration %}{% endfor %}{{ date_string }}{{ effort }}"
     )
