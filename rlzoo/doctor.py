@@ -98,7 +98,7 @@ class Evidence:
 
 SENTENCES = {
     "dropout": "dropout: it is on while the trainer scores, so that two passes over the same tokens"
-    " differ",
+    " differ (model.lora.dropout, or the dropouts of the model's config.json)",
     "adapters": "the adapters: model.lora is not merged into the weights that the engine holds",
     "precision": "precision: {formats}; where the trainer computes in float32 too, they agree",
     "temperature": "the sampling settings: the engine's log-probs are those of temperature {value},"

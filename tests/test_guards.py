@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.precision import Precision
 from rlzoo.algos.gap import GapWatch
 from rlzoo.allocators.gvm import gvm_budgets
 from rlzoo.callbacks import Checkpoint, WeightSync
+from rlzoo.callbacks.checkpoint import comparable
 from rlzoo.engines.base import Response
 from rlzoo.engines.probe import LENGTH, probe_sequences
 from rlzoo.engines.transformers import TransformersEngine
@@ -255,6 +256,21 @@ def test_a_score_that_is_no_number_is_never_the_best(tmp_path: Path):
     assert checkpoint.ranked(0.2, "step_2")
     assert not checkpoint.ranked(math.nan, "step_3")
     assert [name for _, name in checkpoint.best] == ["step_2"]
+
+
+def test_a_monitor_that_the_first_step_does_not_have_is_said_and_a_changed_one_starts_anew(
+    tmp_path, caplog
+):
+    checkpoint = Checkpoint(str(tmp_path), monitor="acept_rate")
+    checkpoint.check_monitor(SimpleNamespace(last_row={}))  # no validation
+    checkpoint.warn_of_monitor({"accept_rate": 0.5})
+    assert "monitor=acept_rate is not among the columns" in caplog.text
+    checkpoint = Checkpoint(str(tmp_path), monitor="val/avg_at_4")
+    checkpoint.check_monitor(SimpleNamespace(last_row={"val/avg_at_4": 0.5}))
+    caplog.clear()
+    checkpoint.warn_of_monitor({"accept_rate": 0.5})  # validated before, and again later
+    assert not caplog.text
+    assert comparable("val/avg_at_8", "val/avg_at_4") and not comparable("reward", "val/avg_at_4")
 
 
 def test_rewards_that_are_no_numbers_have_no_pass_rate():

@@ -3,10 +3,19 @@
 import csv
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from rlzoo.data import draw
+from rlzoo.data.draw import Drawer
+from rlzoo.engines.base import Response, SamplingParams
+from rlzoo.ledger import Ledger
+from rlzoo.models.policy import load_tokenizer
+from rlzoo.progress import Bars
+from rlzoo.types import Prompt
 from tests import warm
 
 GVM = (  # one rollout step of 16 responses after 16 pilots, validated twice with 3 responses
@@ -80,3 +89,28 @@ def test_a_monitor_that_is_no_column_is_refused(tmp_path):
     told = warm.refused(tmp_path / "run", *GVM, "callbacks.checkpoint.monitor=val/avg_at_8")
     assert "callbacks.checkpoint.monitor=val/avg_at_8 is no column" in told
     assert "val/avg_at_3" in told and "val/pass_at_1" in told
+
+
+class SleepyEngine:
+    """Takes 20 ms a call, whatever is asked of it."""
+
+    def generate(self, requests, params, version, advance):
+        time.sleep(0.02)
+        one = Response(torch.tensor([5, 6]), torch.zeros(2), False, 0)
+        return [[one for _ in request.seeds] for request in requests]
+
+
+def test_tokens_a_second_are_by_the_slowest_rank_over_all_rounds(monkeypatch):
+    ledger, prompts = Ledger(), [Prompt(str(i), "q", "1", token_ids=(3, 4)) for i in range(2)]
+    reward = lambda prompts, texts, truncated: [0.0] * len(prompts)  # noqa: E731
+    drawer = Drawer(
+        SleepyEngine(), reward, load_tokenizer("tiny"), SamplingParams(), ledger, Bars(False), 0
+    )
+    alone = drawer.draw(prompts, [2, 1], "train", 0)
+    assert 0.02 <= alone.sampling_seconds < 1
+    assert ledger.phases["sampling/train"] == pytest.approx(alone.sampling_seconds, abs=0.01)
+    monkeypatch.setattr(draw, "all_gather", lambda mine: [mine, ([], 7.0)])  # of a slower rank
+    beside = drawer.draw(prompts, [2, 1], "train", 1)
+    assert beside.sampling_seconds == 7
+    assert draw.concatenate([alone, beside]).sampling_seconds == alone.sampling_seconds + 7
+    assert ledger.phases["sampling/train"] < 1  # its own

@@ -54,6 +54,7 @@ class Checkpoint(BoundaryCallback):
         check_at_least("callbacks.checkpoint.keep_best", keep_best, 0)
         self.folder, self.every, self.monitor = Path(run_dir) / "checkpoints", every, monitor
         self.keep_best = keep_best if monitor is not None else 0
+        self.validated = False  # whether the first validation gave the monitor
         self.best: list[tuple[float, str]] = []  # (score, name) of those kept, the best one first
         self.kept: dict[str, list[str]] = {}  # by checkpoint being saved: names of the best by then
         self.asynchronous = asynchronous
@@ -111,6 +112,7 @@ class Checkpoint(BoundaryCallback):
         """
         columns = all_gather(sorted(data.last_row))[0]
         wanted = self.monitor or ""
+        self.validated = wanted in columns
         if self.keep_best and wanted.startswith("val/") and columns and wanted not in columns:
             there = ", ".join(name for name in columns if name.startswith("val/"))
             raise UserError(
@@ -119,7 +121,7 @@ class Checkpoint(BoundaryCallback):
             )
 
     def warn_of_monitor(self, row: dict[str, Any]) -> None:
-        if self.keep_best and self.monitor not in row and not self.monitor.startswith("val/"):
+        if self.keep_best and self.monitor not in row and not self.validated:
             log.warning(
                 f"callbacks.checkpoint.monitor={self.monitor} is not among the columns of the first"
                 f" rollout step ({', '.join(row)}): unless a later one has it, best.ckpt will never"
@@ -183,6 +185,11 @@ class Checkpoint(BoundaryCallback):
         saved_by({"callbacks": {"Checkpoint": state}})
         if comparable(state.get("monitor", self.monitor), self.monitor):
             self.best = [(score, name) for score, name in state["best"]]
+        elif self.keep_best:
+            log.warning(
+                f"callbacks.checkpoint.monitor is {self.monitor} now, and was {state['monitor']}: the"
+                " best checkpoint is looked for anew."
+            )
         for logger, logger_state in zip(self._trainer.loggers, state["loggers"], strict=True):
             if logger_state:
                 logger.load_state_dict(logger_state)
