@@ -29,6 +29,7 @@ from rlzoo.engines.transformers import truncated
 from rlzoo.logprobs import response_hidden
 from rlzoo.microbatching import Plan, collate
 from rlzoo.models.gather import through
+from rlzoo.models.logits import transform_of
 from rlzoo.models.lora import adapters_off, lora_of
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
 
@@ -283,7 +284,7 @@ def logits_of(policy: nn.Module, rollouts: Rollouts) -> Tensor:
 
 def response_logits(policy: nn.Module, batch: RolloutBatch) -> Tensor:
     hidden = response_hidden(policy, batch)
-    return policy.get_output_embeddings()(hidden).float()
+    return transform_of(policy)(policy.get_output_embeddings()(hidden).float())
 
 
 def at_temperature(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:

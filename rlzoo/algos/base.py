@@ -117,8 +117,6 @@ class PolicyAlgorithm(ScoringModule):
         self.max_response_tokens, self.seed = max_response_tokens, seed
         self.means = WeightedMeans()  # of the rollout step, over tokens
         self.told_of_singles = False
-        self.in_training: Rollouts | None = None  # the rollout step
-        self.microbatches = 0  # of it, trained so far
         self.scores_old = True  # whether this rollout step's old log-probs were computed apart
         self.check_options()
 
@@ -240,7 +238,6 @@ class PolicyAlgorithm(ScoringModule):
         if first and not scored:  # nothing trains, but engine and trainer are compared all the same
             scored = list(range(len(rollouts)))
         self.score(rollouts, scored, self.scores_old, on_progress)
-        self.in_training, self.microbatches = rollouts, 0
         if self.scores_old and not rollouts.replayed:
             self.check_gap(rollouts)
         batches = self.plan(
@@ -349,13 +346,7 @@ class PolicyAlgorithm(ScoringModule):
         scores = self.forward_scores(batch)
         if not self.scores_old:
             batch.old_logprobs = scores["logprobs"].detach()
-            # Later updates have other weights than the engine had.
-            if self.microbatches < self.trainer.accumulate_grad_batches:
-                mask = batch.response_mask
-                self.note_gap(batch.old_logprobs[mask], batch.sampler_logprobs[mask])
-            if batch.last and self.in_training is not None and not self.in_training.replayed:
-                self.check_gap(self.in_training)
-        self.microbatches += 1
+            self.watch_training_pass(batch)
         loss = self.total_loss(scores, batch)
         self.means.update(loss.metrics, batch.weights.sum())
         self.divisor = batch.divisor

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlzoo.distributed import all_gather
 from rlzoo.doctor import gap_figures
+from rlzoo.types import Rollouts
 
 LATER = 5.0  # times the first step's gap that a later one may have, where that is over the limit
 
@@ -28,8 +29,9 @@ class GapWatch:
         self.first: float | None = None
         self.begin()
 
-    def begin(self) -> None:
-        """Forgets the rollout step before."""
+    def begin(self, rollouts: Rollouts | None = None) -> None:
+        """Forgets the rollout step before; `rollouts` are those of the one that begins."""
+        self.rollouts, self.microbatches = rollouts, 0  # trained so far
         self.gaps: list[Tensor] = []  # [tokens] each, nats, of this rank
         self.odd = [0, 0]  # log-probs that are not finite, of the trainer and of the engine
         self._figures: dict[str, float] | None = None

@@ -133,7 +133,7 @@ class ScoringModule(OptimizationModule):
             indices: the rollouts to score.
             old: whether the weights that sampled score too, not the reference alone.
         """
-        self.gap_watch.begin()
+        self.gap_watch.begin(rollouts)
         if not (old or self.needs_reference or self.extra_scores):
             return
         rank, world_size = world()
@@ -165,6 +165,21 @@ class ScoringModule(OptimizationModule):
     def note_gap(self, logprobs: Tensor, sampler_logprobs: Tensor) -> None:
         """Adds |trainer - engine| log-probs of the same tokens and weights to the step's."""
         self.gap_watch.note(logprobs, sampler_logprobs)
+
+    def watch_training_pass(self, batch: RolloutBatch) -> None:
+        """Notes and checks the gap of a step whose old log-probs come from the training pass.
+
+        That is the gap of its first update; later ones have other weights than the engine had.
+        """
+        watch = self.gap_watch
+        watch.microbatches += 1
+        if watch.microbatches <= self.trainer.accumulate_grad_batches:
+            mask = batch.response_mask
+            self.note_gap(batch.old_logprobs[mask], batch.sampler_logprobs[mask])
+        drawn = watch.rollouts is not None and not watch.rollouts.replayed
+        lora = lora_of(self.policy)  # whose dropout moves log-probs by itself
+        if batch.last and drawn and (lora is None or not lora["dropout"]):
+            self.check_gap(watch.rollouts)
 
     def gap(self) -> dict[str, float]:
         """`rlzoo.doctor.gap_figures` of the rollout step so far, over all ranks; collective."""
