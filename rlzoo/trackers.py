@@ -7,7 +7,6 @@ stopped run had measured; metrics.csv is cut back and always right.)
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ import os
 import time
 import uuid
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class Tracker(Logger):
 
     def __init__(self, run_dir: PathText | Path) -> None:
         super().__init__()
-        if importlib.util.find_spec(self.library) is None:
+        if find_spec(self.library) is None:
             raise UserError(
                 f"logger={self.library} needs {self.library}, which is not installed: install"
                 f" rlzoo[{self.library}], or take logger=default, which writes metrics.csv and"

@@ -45,7 +45,7 @@ def compose(*overrides: str) -> DictConfig:
 def test_every_choice_builds_a_whole_run(choice, tmp_path, monkeypatch):
     group, name = choice.split("/")
     if name in ("wandb", "mlflow"):  # imported when their runs begin
-        monkeypatch.setattr(rlzoo.trackers.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(rlzoo.trackers, "find_spec", lambda name: name)
     overrides = [f"{group}={name}", f"run_dir={tmp_path}", *NEEDS.get(choice, [])]
     if group == "data" and name != "arithmetic":
         rows = [{"question": f"1 + {i}?", "answer": f"#### {1 + i}"} for i in range(64)]

@@ -69,6 +69,6 @@ def test_a_configuration_is_sent_key_by_key():
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_library_that_is_not_installed_is_named_with_its_extra(tmp_path: Path, name, monkeypatch):
-    monkeypatch.setattr(rlzoo.trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(rlzoo.trackers, "find_spec", lambda name: None)
     message = warm.refused(tmp_path / "run", f"logger={name}")
     assert f"logger={name} needs {name}, which is not installed: install rlzoo[{name}]" in message
