@@ -22,6 +22,11 @@ def test_closed_form_equals_autograd(num_tokens, temperature):
     assert norm.item() == pytest.approx(weight.grad.norm().item(), rel=1e-5)
 
 
+def test_a_rank_that_was_given_no_rollout_has_a_blank_one_of_norm_0():
+    nothing = head_gradient_norm(torch.zeros(0, 4), torch.ones(9, 4), torch.zeros(0).long(), 1.0)
+    assert nothing.item() == 0
+
+
 @pytest.mark.parametrize("max_tokens", [10_000, 30])
 def test_norms_of_rollouts_equal_autograd_through_the_policy(max_tokens):
     policy, rollouts = make_tiny_model(), recorded_rollouts(longest=40)

@@ -26,7 +26,7 @@ from rlzoo.engines.private_folder import PrivateFolder
 from rlzoo.engines.shapes import checked_weights, expected_shapes
 from rlzoo.engines.weight_transfer import NcclTransfer, Replica, ask_replica, choose_transfer
 from rlzoo.errors import UserError, check_at_least, check_choice
-from rlzoo.models.limits import TokenLimits, check_length, longest_sequence
+from rlzoo.models.limits import TokenLimits, check_length, longest_sequence, text_config
 from rlzoo.models.loading import load_config, model_directory
 from rlzoo.values import AtLeast1, PathText, Positive, Text
 
@@ -194,7 +194,9 @@ class VLLMServerEngine:
                 f"{address} runs vLLM {described['vllm']}, rlzoo speaks to {VLLM_VERSION}. Install"
                 " that on the server, or take engine=vllm."
             )
-        ours = {name: getattr(self.config, name) for name in COMPARED}
+        text = text_config(self.config)  # of a model that takes images too, its language model
+        ours = {name: getattr(text, name, None) for name in COMPARED}
+        ours["architectures"] = self.config.architectures
         wrong = [f"{k}={described[k]} for {v}" for k, v in ours.items() if described[k] != v]
         if wrong:
             raise UserError(

@@ -29,13 +29,13 @@ class SyncWorker:
 
     def rlzoo_describe(self) -> dict[str, Any]:
         """What the client compares before it trusts this server."""
-        config = self.model_config
+        config, text = self.model_config, self.model_config.hf_text_config
         return {
             "version": self.rlzoo_version,
             "architectures": list(config.hf_config.architectures or []),
-            "hidden_size": config.hf_config.hidden_size,
-            "num_hidden_layers": config.hf_config.num_hidden_layers,
-            "vocab_size": config.hf_config.vocab_size,
+            "hidden_size": text.hidden_size,
+            "num_hidden_layers": text.num_hidden_layers,
+            "vocab_size": text.vocab_size,
             "max_model_len": config.max_model_len,
             "logprobs_mode": str(config.logprobs_mode),
             "dtype": str(config.dtype).removeprefix("torch."),
