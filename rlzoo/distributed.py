@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-_talk: tuple[ProcessGroup, ProcessGroup] | None = None  # the world, and the group that talks for it
+# The process group and the one made beside it. Torch alone keeps them: one that outlives its end,
+# until the interpreter's, may abort the process.
+_made: tuple[Callable[[], ProcessGroup | None], ...] = (lambda: None, lambda: None)
 
 
 def world() -> tuple[int, int]:
@@ -32,11 +36,15 @@ def all_gather(item: Any) -> list[Any]:
 
 def talking_group() -> ProcessGroup:
     """A gloo group of all ranks, made at the first call; collective then."""
-    global _talk
+    global _made
     whole = dist.group.WORLD
-    if _talk is None or _talk[0] is not whole:  # a process group that was ended and begun anew
-        _talk = (whole, whole if dist.get_backend() == "gloo" else new_gloo_group(whole))
-    return _talk[1]
+    if dist.get_backend() == "gloo":
+        return whole
+    beside, group = (made() for made in _made)
+    if beside is not whole or group is None:  # the first, or one that was ended and begun anew
+        group = new_gloo_group(whole)
+        _made = (weakref.ref(whole), weakref.ref(group))
+    return group
 
 
 def new_gloo_group(whole: ProcessGroup) -> ProcessGroup:
