@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from rlzoo.errors import UserError
 from rlzoo.models.lora import merged
 
 FORMAT = 2  # of the checkpoint; raised when old ones can no longer be resumed
+SAVED = re.compile(r"step_\d{6,}\.ckpt")  # names of ours; what else lies beside them is not
+UNFINISHED = re.compile(r"(step_\d{6,}|last|best)\.ckpt\.partial")
 DEEPSPEED_TAG = "checkpoint"  # Lightning's name for the folder of DeepSpeed's shards
 FSDP_META = "meta.pt"  # Lightning's name for what is not sharded
 _DCP = "torch.distributed.checkpoint"
@@ -58,11 +61,9 @@ def read_state(path: Path) -> dict[str, Any]:
     kind = kind_of(path)
     if kind == "deepspeed":
         shards = sorted((path / DEEPSPEED_TAG).glob("*.pt"))
-        for shard in shards:  # DeepSpeed reads them without `weights_only`, so they are read before
-            state = load_safely(shard)
-            if "module" in state:
-                found = state
-        return found
+        states = map(load_safely, shards)  # DeepSpeed reads them without, so all are read before
+        found = [state for state in states if "module" in state]
+        return found[0]  # of rank 0, which alone has what loggers wrote
     if kind == "fsdp":
         check_shards(path)
     return load_safely(path if kind == "file" else path / FSDP_META)
@@ -111,6 +112,21 @@ def check_shards(path: Path) -> None:
                 with (path / place.relative_path).open("rb") as shard:
                     shard.seek(place.offset)
                     torch.load(io.BytesIO(shard.read(place.length)), weights_only=True)
+
+
+def data_state(state: dict[str, Any]) -> dict[str, Any]:
+    """What the run's DataModule saved, of whatever class it is.
+
+    Raises:
+        UserError: none did.
+    """
+    for found in state.values():
+        if isinstance(found, dict) and {"ledger", "rollout_step"} <= found.keys():
+            return found
+    raise UserError(
+        "The checkpoint holds no ledger and no rollout step, so no run of rlzoo's can go on from it."
+        " Take its weights alone with init_from=CHECKPOINT."
+    )
 
 
 def whole_weights(path: Path) -> dict[str, Tensor]:

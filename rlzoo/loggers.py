@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Iterable
@@ -19,6 +21,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rlzoo.errors import UserError
 from rlzoo.values import PathText, Text
 
+log = logging.getLogger(__name__)
+
 
 class CSVLogger(Logger):
     """Writes one row per `log_metrics` call to `run_dir/filename`.
@@ -28,6 +32,9 @@ class CSVLogger(Logger):
     runs give byte-equal files. A cell without a value is empty. Nothing is touched before the
     first row or `load_state_dict`: without the latter an existing file is replaced. Only rank 0
     writes. `step` is not written: whoever logs puts what counts (`rollout_step`) in the row.
+
+    The rows are kept in memory and in checkpoints (about 1.5 kB a row): a file that someone has
+    edited, saved from a spreadsheet, moved or removed is written anew, and theirs kept beside it.
 
     Args:
         run_dir: directory of the run; made if need be.
@@ -39,7 +46,7 @@ class CSVLogger(Logger):
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / filename
         self._columns: list[str] = []
-        self._rows = 0
+        self._rows: list[list[str]] = []  # cells as text; later columns may be missing
         self._file: TextIO | None = None
 
     @property
@@ -75,20 +82,23 @@ class CSVLogger(Logger):
             return
         new = [name for name in metrics if name not in self._columns]
         if new:
-            old_rows = self._read_rows() if self._columns else []
-            self._replace_file(self._columns + new, old_rows)
+            self._columns = self._columns + new
+            self._replace_file()
         if self._file is None:
             # Line buffered: a reader beside the run sees whole rows as they come.
             self._file = self.path.open("a", buffering=1, encoding="utf-8", newline="")
-        self._file.write(_csv_line(_cell(metrics.get(name)) for name in self._columns))
-        self._rows += 1
+        self._rows.append([_cell(metrics.get(name)) for name in self._columns])
+        self._file.write(_csv_line(self._rows[-1]))
 
     @rank_zero_only
     def flush(self) -> None:
         """Returns when every row so far is on the disk."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        if self._file is None:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if not self._still_there():
+            self._replace_file()
 
     def save(self) -> None:
         self.flush()
@@ -101,48 +111,79 @@ class CSVLogger(Logger):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold; call `flush` before it is written."""
-        return {"rows": self._rows, "columns": list(self._columns)}
+        return {
+            "rows": len(self._rows),
+            "columns": list(self._columns),
+            "cells": [list(row) for row in self._rows],
+        }
 
     @rank_zero_only
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Cuts the file back to the rows and columns it had at `state_dict`.
+        """Puts the file back to the rows and columns it had at `state_dict`.
 
         Raises:
-            UserError: the file is gone, has fewer rows, or other columns than the state says.
+            UserError: of an older state, which has no cells: the file is gone, has fewer rows, or
+                other columns than the state says.
         """
         self._close()
-        rows, columns = state["rows"], list(state["columns"])
-        self._rows = rows
-        if not columns:
-            self._columns = []
+        rows, self._columns = state["rows"], list(state["columns"])
+        found = _read_csv(self.path) if self.path.exists() else ([], [])
+        if "cells" in state:
+            self._rows = [list(row) for row in state["cells"]]
+        else:
+            self._rows = self._cut(found, rows)
+        if self._columns and self.path.exists() and not self._begins_as_ours(*found):
+            self._put_aside()
+        if self._columns:
+            self._replace_file()
+        else:
             self.path.unlink(missing_ok=True)
-            return
-        header, kept = _read_csv(self.path) if self.path.exists() else ([], [])
+
+    def _cut(self, found: tuple[list[str], list[list[str]]], rows: int) -> list[list[str]]:
+        """The first rows and columns of a file, as many as there were."""
+        (header, kept), columns = found, self._columns
         if len(kept) < rows or header[: len(columns)] != columns:
             raise UserError(
                 f"{self.path} holds {len(kept)} rows of {len(header)} columns, but the checkpoint"
                 f" was saved after {rows} rows of {len(columns)}: it was edited or belongs to"
                 " another run. Put the run's own file back, or start afresh in another run_dir."
             )
-        self._replace_file(columns, [row[: len(columns)] for row in kept[:rows]])
+        return [row[: len(columns)] for row in kept[:rows]]
 
-    def _read_rows(self) -> list[list[str]]:
-        self._close()
-        return _read_csv(self.path)[1]
+    def _begins_as_ours(self, header: list[str], rows: list[list[str]]) -> bool:
+        """Whether a file is the run's own, up to what was written after the state."""
+        width = len(self._columns)
+        ours = [row + [""] * (width - len(row)) for row in self._rows]
+        return header[:width] == self._columns and [r[:width] for r in rows[: len(ours)]] == ours
 
-    def _replace_file(self, columns: list[str], rows: list[list[str]]) -> None:
+    def _put_aside(self) -> None:
+        """Keeps a file that someone has changed, under a name that nothing has."""
+        names = (f"{self.path.stem}.edited-{i}{self.path.suffix}" for i in itertools.count(1))
+        aside = next(path for name in names if not (path := self.path.with_name(name)).exists())
+        os.replace(self.path, aside)
+        log.warning("%s was changed by someone: it is now %s.", self.path, aside.name)
+
+    def _still_there(self) -> bool:
+        """Whether the open file is the one of that name: a spreadsheet saves another over it."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _replace_file(self) -> None:
         """Writes the file anew beside itself and renames it, so that a crash leaves either one."""
+        if self._file is not None and not self._still_there() and self.path.exists():
+            self._put_aside()
         self._close()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(_csv_line(columns))
-            for row in rows:
-                file.write(_csv_line(row + [""] * (len(columns) - len(row))))
+            file.write(_csv_line(self._columns))
+            for row in self._rows:
+                file.write(_csv_line(row + [""] * (len(self._columns) - len(row))))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
-        self._columns = columns
 
     def _close(self) -> None:
         if self._file is not None:
@@ -178,8 +219,11 @@ def equal_but_time(path_a: str | Path, path_b: str | Path) -> list[str]:
 
 def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text; a last line that a killed writer left unfinished is no row."""
-    text = path.read_text(encoding="utf-8")
-    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    text = path.read_text(encoding="utf-8", errors="replace")  # a person's may be anything
+    try:
+        lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    except csv.Error:
+        return [], []
     return (lines[0], lines[1:]) if lines else ([], [])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def _read_metrics(path: Path) -> dict[str, np.ndarray]:
 def _read_budgets(folder: Path) -> dict[int, np.ndarray]:
     """Budgets of the first and last epoch found, [P] each, by epoch."""
     epochs: dict[int, np.ndarray] = {}
-    for path in sorted(folder.glob("*.parquet")):
+    for path in sorted(folder.glob("epoch_*.parquet")):
+        if not re.fullmatch(r"epoch_\d{4,}", path.stem):  # someone else's
+            continue
         table = pq.read_table(path, columns=["epoch", "budget"])
         if table.num_rows:
             epochs[table["epoch"][0].as_py()] = table["budget"].to_numpy()

@@ -12,6 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +21,8 @@ from rlzoo.errors import UserError
 from rlzoo.ranks import check_processes, port_in_use, run_name
 
 INTERRUPTED = 130  # exit code of a run stopped by Ctrl-C
+FULL = (errno.ENOSPC, errno.EDQUOT)
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 PREEMPTED = 143  # exit code of a run stopped by SIGTERM or SLURM's SIGUSR1, once it has saved
 
 
@@ -40,8 +43,9 @@ def run(cfg: DictConfig) -> None:
     multirun = hydra_config.mode == RunMode.MULTIRUN
     if multirun:
         cfg.run_dir = hydra_config.runtime.output_dir  # one directory per job of a sweep
+    cfg.run_dir = os.path.expanduser(cfg.run_dir)
     try:  # before Lightning and transformers load
-        check_processes(cfg.trainer, multirun and "submitit" not in hydra_config.launcher._target_)
+        check_processes(cfg.trainer, multirun and not is_submitit(hydra_config.launcher._target_))
     except UserError as error:
         fail(str(error))
     from rlzoo.callbacks.preemption import Preempted
@@ -69,10 +73,15 @@ def explain(error: BaseException, cfg: DictConfig) -> str | None:
     while cause is not None:
         if isinstance(cause, UserError):
             return str(cause)
-        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+        if isinstance(cause, OSError) and cause.errno in FULL:
             return (
                 f"The disk is full: {cause}. {what_stands(cfg)} Free some space and go on with"
                 f" run_dir={cfg.run_dir} ckpt_path=last."
+            )
+        if isinstance(cause, OSError) and cause.errno in READ_ONLY and inside(cause, cfg):
+            return (
+                f"The run directory can no longer be written to: {cause}. {what_stands(cfg)} Make it"
+                f" writable and go on with run_dir={cfg.run_dir} ckpt_path=last."
             )
         if "EADDRINUSE" in str(cause):
             return port_in_use(os.environ.get("MASTER_PORT", "that was chosen"))
@@ -84,6 +93,17 @@ def explain(error: BaseException, cfg: DictConfig) -> str | None:
     if isinstance(error, (InstantiationException, OmegaConfBaseException)):
         return str(error)
     return None
+
+
+def inside(error: OSError, cfg: DictConfig) -> bool:
+    """Whether an operating system's error is about something in the run directory."""
+    folder = Path(cfg.run_dir).absolute()
+    return error.filename is not None and folder in Path(str(error.filename)).absolute().parents
+
+
+def is_submitit(launcher: str) -> bool:
+    """Whether a launcher is submitit's, or a class made from it."""
+    return any("submitit" in base.__module__ for base in get_class(launcher).__mro__)
 
 
 def one_line(text: str) -> str:

@@ -16,7 +16,9 @@ from rlzoo.data.base import RunDataModule
 from rlzoo.plots import draw_run
 
 
-def summarize(run_dir: Path, cfg: DictConfig, data: RunDataModule) -> list[str]:
+def summarize(
+    run_dir: Path, cfg: DictConfig, data: RunDataModule, exported: bool = True
+) -> list[str]:
     """Writes `summary.json` and `learning.png`; returns the paragraph to print.
 
     Shares are fractions of 1. `responses` and `tokens` are the paid ones: training, filtered ones
@@ -24,6 +26,9 @@ def summarize(run_dir: Path, cfg: DictConfig, data: RunDataModule) -> list[str]:
     budgets), and `pilot_seconds_share` what drawing and verifying pilots took beside it;
     `pilot_share` is of the paid responses. Of `val_avg_at_K`, for every K that the run had, the
     first, last and best value that is a number.
+
+    Args:
+        exported: whether the policy has been written, where one was to be.
     """
     ledger = data.ledger
     labels = choices(cfg)
@@ -35,7 +40,9 @@ def summarize(run_dir: Path, cfg: DictConfig, data: RunDataModule) -> list[str]:
         "planning_share": ledger.share("planning"),
         "pilot_seconds_share": ledger.share("pilot"),
         "pilot_share": ledger.counts["responses/pilot"] / max(1, ledger.responses),
-        "stopped_by": data.stop_reason(),
+        "rollout_steps": data.rollout_step,
+        "stopped_by": data.ended_by,
+        "exported": exported,
         "ledger": ledger.row(),
     }
     rows = read_metrics(run_dir / "metrics.csv")
@@ -47,8 +54,18 @@ def summarize(run_dir: Path, cfg: DictConfig, data: RunDataModule) -> list[str]:
     if not values_of:
         return [f"Done in {ledger.seconds:.0f} s. Everything is in {run_dir}."]
     picture = draw_run(run_dir, labels)
-    own = f"{AVG}{data.val_responses}"  # another column is of a k that the run had before
-    return paragraph(figures, run_dir, picture, own if own in values_of else next(iter(values_of)))
+    own = f"{AVG}{getattr(data, 'val_responses', 0)}"  # another column is of a k that the run had before
+    return paragraph(figures, run_dir, picture, own if own in values_of else list(values_of)[-1])
+
+
+def ended(run_dir: Path, rollout_steps: int) -> bool:
+    """Whether all that a run's end writes has been written, for an end after so many steps."""
+    try:
+        figures = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        steps = figures.get("rollout_steps", rollout_steps)  # older summaries do not say
+        return steps == rollout_steps and figures.get("exported", True)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def paragraph(figures: dict[str, Any], run_dir: Path, picture: Path, column: str) -> list[str]:
@@ -63,8 +80,8 @@ def paragraph(figures: dict[str, Any], run_dir: Path, picture: Path, column: str
         f" {figures['updates']:,} updates, in {figures['seconds']:.0f} s; pilots were"
         f" {figures['pilot_share']:.0%} of the responses and {figures['pilot_seconds_share']:.0%} of"
         f" the time, planning {figures['planning_share']:.1%} of it.",
-        f"Everything is in {run_dir}: look at {picture.name}, read rollouts/ to see what it says,"
-        " and load the policy from policy/.",
+        f"Everything is in {run_dir}: look at {picture.name}, read rollouts/ to see what it says"
+        + (", and load the policy from policy/." if figures["exported"] else "."),
         f"Next: the same with {tries}, or algo=raft_pp, and compare the two learning.png; or seed=1"
         " to see how much is luck.",
     ]

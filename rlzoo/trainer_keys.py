@@ -23,6 +23,7 @@ ACTS: dict[str, Any] = {
         "32-true", "bf16-mixed", "bf16-true", "64-true", 32, "32", 64, "64", "bf16"
     ],
     "accumulate_grad_batches": AtLeast1,
+    "max_epochs": Annotated[Literal[-1] | AtLeast1, Says("-1 leaves the end to limits.*")],
     "gradient_clip_val": Annotated[NonNegative | None, Says("0 and null are off")],
     "deterministic": bool | Literal["warn"] | None,
     "benchmark": bool | None,
@@ -32,7 +33,6 @@ ACTS: dict[str, Any] = {
 }
 # The only values that are taken, and what to use for the rest.
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "max_epochs": ((-1,), LIMIT),
     "min_epochs": ((None, 0), LIMIT),
     "max_steps": ((-1,), LIMIT),
     "min_steps": ((None, 0), LIMIT),

@@ -14,17 +14,23 @@ import lightning
 import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
 from rlzoo.callbacks.checkpoint import asynchronous_io
 from rlzoo.callbacks.doctor import Diagnosed
+from rlzoo.callbacks.ending import Ending, Postponed
 from rlzoo.callbacks.restore import Restore
-from rlzoo.checkpoints import kind_of, saved_by, whole_weights
+from rlzoo.checkpoints import data_state, kind_of, saved_by, whole_weights
+from rlzoo.data.base import RunDataModule
+from rlzoo.data.sft import SFTDataModule
 from rlzoo.engines.shapes import empty_model, expected_shapes
 from rlzoo.errors import UserError, check_choice
+from rlzoo.export import write as write_policy
 from rlzoo.idle import check_idle
 from rlzoo.ledger import Limits
 from rlzoo.models.lora import check_lora, lora_settings
@@ -32,10 +38,11 @@ from rlzoo.models.policy import eos_token_ids, load_tokenizer, model_directory
 from rlzoo.preflight import check_parts
 from rlzoo.progress import Bars
 from rlzoo.ranks import cluster_plugins, is_first, log_name
+from rlzoo.resuming import check_changes, nothing_left, reached, record_of, recorded
 from rlzoo.rewards.calling import make_reward
-from rlzoo.run_dir import claim, describe, find_checkpoint
+from rlzoo.run_dir import claim, describe, find_checkpoint, make
 from rlzoo.schema import check_settings
-from rlzoo.summary import summarize
+from rlzoo.summary import ended, summarize
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +57,37 @@ def train(cfg: DictConfig) -> None:
     check_settings(cfg)
     run_dir = Path(cfg.run_dir)
     lock = claim(run_dir, resuming=cfg.ckpt_path is not None) if is_first() else None
-    run_dir.mkdir(parents=True, exist_ok=True)
-    quieten(run_dir)
-    check_idle(cfg)
-    set_up_process(cfg)
+    try:
+        make(run_dir)
+        quieten(run_dir)
+        check_idle(cfg)
+        set_up_process(cfg)
+        train_in(run_dir, cfg)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def train_in(run_dir: Path, cfg: DictConfig) -> None:
+    """`train`, in a directory that is this run's alone."""
     checkpoint, state = find_checkpoint(cfg.ckpt_path, run_dir)
     exact = check_resume(cfg, checkpoint, state)
     bars = Bars(enabled=is_first())
+    if state is not None and (limits := reached(cfg, state)):
+        if is_first():
+            leave_as_it_is(cfg, checkpoint, state, limits, bars)
+        return
     parts = build(cfg, bars)
+    data, callbacks = parts["datamodule"], parts["callbacks"]
     if state is not None and not exact:
         parts["algo"].restored_weights = partial(whole_weights, checkpoint)
-        parts["callbacks"].insert(0, Restore(state))
-    trainer = build_trainer(cfg, parts["callbacks"], purge_step(state))
+        callbacks.insert(0, Restore(state))
+    data.exact, data.record = exact, record_of(cfg)
+    before = recorded(checkpoint, state) if is_of(run_dir, checkpoint) else None
+    begun = partial(describe, run_dir, cfg, before and before["config"])
+    callbacks[:] = [Ending(begun if is_first() else None), *callbacks, Postponed()]
+    trainer = build_trainer(cfg, callbacks, purge_step(cfg, state))
     del state  # mapped from a file, which would keep its room on the disk once it is removed
-    if is_first():
-        describe(run_dir, cfg)
-    data = parts["datamodule"]
     try:
         data.ledger.start()
         path = checkpoint if exact else None
@@ -76,40 +98,109 @@ def train(cfg: DictConfig) -> None:
     finally:
         data.teardown("fit")
     if is_first():
-        for line in summarize(run_dir, cfg, data):
+        faults = [callback.fault for callback in callbacks if getattr(callback, "fault", None)]
+        finish(cfg, data, bars, faults)
+
+
+def is_of(run_dir: Path, checkpoint: Path | None) -> bool:
+    """Whether a checkpoint is one of the run in this directory, not one that a run branches from."""
+    return checkpoint is not None and run_dir.resolve() in checkpoint.parents
+
+
+def finish(cfg: DictConfig, data: Any, bars: Bars, faults: list[Exception]) -> None:
+    """Sums up, and then speaks of what went wrong at the end.
+
+    Raises:
+        UserError: the policy or the summary could not be written; how to get them.
+    """
+    run_dir = Path(cfg.run_dir)
+    mends = []
+    if faults:
+        last = run_dir / "checkpoints" / "last.ckpt"
+        said = " ".join(str(faults[0]).split())
+        mends.append(
+            f"policy/ was not written: {said} The run is whole in {last}: once that is mended,"
+            f" python -m rlzoo.export {last} {run_dir / 'policy'}"
+        )
+    try:
+        for line in summarize(run_dir, cfg, data, exported=not faults):
             bars.print_line(line)
-        lock.close()
+    except Exception as error:
+        mends.append(
+            f"summary.json or learning.png could not be written: {type(error).__name__}: {error}."
+            " metrics.csv has their figures"
+        )
+    if mends:
+        raise UserError(f"The run came to its end, but {'; and '.join(mends)}.")
+
+
+def leave_as_it_is(
+    cfg: DictConfig, checkpoint: Path, state: dict[str, Any], limits: list[str], bars: Bars
+) -> None:
+    """Says that a run has ended. If it was stopped before all of its end was written, writes that."""
+    run_dir, saved = Path(cfg.run_dir), data_state(state)
+    steps = saved["rollout_step"]
+    if is_of(run_dir, checkpoint) and not ended(run_dir, steps):
+        data = RunDataModule(bars, Limits())
+        data.load_run_state(saved)
+        data.end(" and ".join(limits))
+        faults = []
+        if OmegaConf.select(cfg, "callbacks.export"):
+            try:
+                write_policy(checkpoint, run_dir / "policy", cfg.model.path)
+            except Exception as error:
+                faults.append(error)
+        finish(cfg, data, bars, faults)
+    bars.print_line(nothing_left(run_dir, limits, steps))
 
 
 def check_resume(cfg: DictConfig, checkpoint: Path | None, state: dict[str, Any] | None) -> bool:
     """Whether the run goes on exactly where the checkpoint is, optimizer included.
 
     Raises:
-        UserError: it cannot, and `resume=weights` was not asked for; or another model saved it.
+        UserError: it cannot, and `resume=weights` was not asked for; another model saved it; or
+            something is asked for that it cannot go on with.
     """
     check_choice("resume", cfg.resume, ("exact", "weights"))
     if checkpoint is None:
         return True
+    if cfg.get("doctor"):
+        raise UserError(
+            "doctor=true looks at the first rollout step of a new run, and trains nothing. Leave out"
+            " ckpt_path and name a new run_dir, or leave out doctor=true."
+        )
     saved = saved_by(state)
-    config = AutoConfig.from_pretrained(
-        model_directory(cfg.model.path), trust_remote_code=cfg.model.trust_remote_code
-    )
-    count = sum(shape.numel() for shape in expected_shapes(config).values())
+    check_model(cfg, checkpoint, saved)
+    check_same_lora(cfg, checkpoint, state.get("lora"))
+    exact = cfg.resume == "exact"
+    if exact:
+        check_strategy(cfg, checkpoint, saved)
+    for line in check_changes(cfg, checkpoint, state, exact):
+        log.warning(line)
+    return exact
+
+
+def check_model(cfg: DictConfig, checkpoint: Path, saved: dict[str, Any]) -> None:
+    """Raises a UserError if a checkpoint is of a model of another size than the run's."""
+    trust = cfg.model.trust_remote_code
+    config = AutoConfig.from_pretrained(model_directory(cfg.model.path), trust_remote_code=trust)
+    count = sum(shape.numel() for shape in expected_shapes(config, trust).values())
     if not saved["model"].endswith(f" of {count:,} parameters"):
         raise UserError(
             f"The checkpoint {checkpoint} is of {saved['model']}, but model.path={cfg.model.path}"
             f" has {count:,}. Resume with the model it was saved from, or start a new run_dir."
         )
-    check_same_lora(cfg, checkpoint, state.get("lora"))
-    if cfg.resume == "weights":
-        return False
+
+
+def check_strategy(cfg: DictConfig, checkpoint: Path, saved: dict[str, Any]) -> None:
+    """Raises a UserError if this run could not read a checkpoint's optimizer state."""
     ranks = cfg.trainer.devices * cfg.trainer.num_nodes
     kind = strategy_kind(cfg)
     if kind == kind_of(checkpoint) != "deepspeed":
-        return True
-    if kind == "deepspeed" and saved["strategy"] == f"DeepSpeed stage {cfg.strategy.stage}":
-        if saved["ranks"] == ranks:
-            return True
+        return
+    if kind == kind_of(checkpoint) and saved["ranks"] == ranks:
+        if saved["strategy"].endswith(f" stage {cfg.strategy.get('stage')}"):
+            return
     name = cfg.strategy._target_.rpartition(".")[2]
     raise UserError(
         f"The checkpoint {checkpoint} was saved by {saved['ranks']} process(es) under"
@@ -133,8 +224,26 @@ def check_same_lora(cfg: DictConfig, checkpoint: Path, saved: dict[str, Any] | N
 
 def strategy_kind(cfg: DictConfig) -> str:
     """What a strategy saves: "deepspeed" or "fsdp" folders, or a "file"."""
-    name = cfg.strategy._target_.rpartition(".")[2]
-    return {"DeepSpeed": "deepspeed", "FSDP": "fsdp"}.get(name, "file")
+    strategy = target_of(cfg.strategy)
+    if is_kind(strategy, DeepSpeedStrategy):
+        return "deepspeed"
+    return "fsdp" if is_kind(strategy, ModelParallelStrategy) else "file"
+
+
+def target_of(node: DictConfig) -> Any:
+    """The class or function that a node names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    try:
+        return get_object(node._target_)
+    except Exception as error:
+        raise UserError(f"{node._get_full_key('_target_')}={node._target_}: {error}") from error
+
+
+def is_kind(target: Any, kind: type) -> bool:
+    return isinstance(target, type) and issubclass(target, kind)
 
 
 def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
@@ -148,7 +257,7 @@ def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
         check_lora(cfg.model.lora, empty_model(config, trust))
     source = instantiate(cfg.data)
     limits = Limits(**cfg.limits)
-    if cfg.datamodule._target_.endswith("SFTDataModule"):
+    if is_kind(target_of(cfg.datamodule), SFTDataModule):
         algo = instantiate(cfg.algo)
         datamodule = instantiate(cfg.datamodule, source, tokenizer, bars, limits)
     else:
@@ -181,7 +290,9 @@ def build_trainer(
 ) -> lightning.Trainer:
     nodes = [node.copy() for node in cfg.logger.values() if node]  # null leaves one out
     loggers = [
-        instantiate(node, purge_step=purge_step) if "TensorBoard" in node._target_ else instantiate(node)
+        instantiate(node, purge_step=purge_step)
+        if is_kind(target_of(node), TensorBoardLogger)
+        else instantiate(node)
         for node in nodes
     ]
     plugins = cluster_plugins()
@@ -190,12 +301,12 @@ def build_trainer(
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=plugins)
 
 
-def purge_step(state: dict[str, Any] | None) -> int | None:
-    """First step of TensorBoard's that a resumed run writes anew."""
+def purge_step(cfg: DictConfig, state: dict[str, Any] | None) -> int | None:
+    """First step of TensorBoard's that a resumed run writes anew; 0 of one that was stopped before
+    it had saved; None of a new run."""
     if state is None:
-        return None
-    data = next(value for key, value in state.items() if key.endswith("DataModule"))
-    return data["rollout_step"] + 1
+        return None if cfg.ckpt_path is None else 0
+    return data_state(state)["rollout_step"] + 1
 
 
 def set_up_process(cfg: DictConfig) -> None:
@@ -227,7 +338,7 @@ def keep_freed_memory() -> None:
 
 def quieten(run_dir: Path) -> None:
     """Libraries speak to `log.txt`; the terminal is for the run's own lines and warnings."""
-    handler = logging.FileHandler(run_dir / log_name())
+    handler = logging.FileHandler(run_dir / log_name(), delay=True)  # made by its first line
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     if not is_first():  # rank 0 speaks for all

@@ -88,21 +88,63 @@ def test_loading_a_state_from_before_the_first_row_removes_the_file(tmp_path: Pa
     assert (tmp_path / "metrics.csv").read_text() == "a\n1\n"
 
 
-def test_a_file_with_fewer_rows_than_the_checkpoint_is_refused(tmp_path: Path):
-    state = write(tmp_path).state_dict()
+def older(state: dict) -> dict:
+    """A state as it was before checkpoints held the cells."""
+    return {name: state[name] for name in ("rows", "columns")}
+
+
+def test_of_an_older_checkpoint_a_file_with_fewer_rows_is_refused(tmp_path: Path):
+    state = older(write(tmp_path).state_dict())
     text = (tmp_path / "metrics.csv").read_text()
     (tmp_path / "metrics.csv").write_text(text[:-3])  # the last row, torn, no longer counts
     with pytest.raises(UserError, match="holds 3 rows .* saved after 4 rows"):
         CSVLogger(tmp_path).load_state_dict(state)
 
 
-def test_a_missing_or_foreign_file_is_refused_on_resume(tmp_path: Path):
-    state = write(tmp_path).state_dict()
+def test_of_an_older_checkpoint_a_missing_or_foreign_file_is_refused(tmp_path: Path):
+    state = older(write(tmp_path).state_dict())
+    CSVLogger(tmp_path).load_state_dict(state)
     with pytest.raises(UserError, match="holds 0 rows"):
         CSVLogger(tmp_path, "ledger.csv").load_state_dict(state)
     write(tmp_path, [{"other": 1}] * 4)
     with pytest.raises(UserError, match="another run"):
         CSVLogger(tmp_path).load_state_dict(state)
+
+
+def spreadsheet(text: str) -> bytes:
+    return b"\xef\xbb\xbf" + text.replace(",", ";").replace("\n", "\r\n").encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_text("a,b\n1,2\n"),
+        lambda path: path.write_text(path.read_text().replace("0.5", "0.9")),
+        lambda path: path.write_bytes(spreadsheet(path.read_text())),
+        lambda path: path.write_bytes(b"\xff\xfe\x00 no csv \x00"),
+    ],
+)
+def test_a_file_that_someone_touched_is_put_back_and_theirs_kept(tmp_path: Path, touch):
+    path = tmp_path / "metrics.csv"
+    state = write(tmp_path).state_dict()
+    whole = path.read_bytes()
+    touch(path)
+    theirs = path.read_bytes() if path.exists() else None
+    CSVLogger(tmp_path).load_state_dict(state)
+    assert path.read_bytes() == whole
+    kept = [p.read_bytes() for p in tmp_path.glob("metrics.edited-*.csv")]
+    assert kept == ([] if theirs is None else [theirs])
+
+
+def test_a_file_saved_over_while_the_run_writes_loses_no_row(tmp_path: Path):
+    logger = write(tmp_path, ROWS[:2])
+    (tmp_path / "theirs").write_text("rollout_step\n0\n")
+    (tmp_path / "theirs").rename(tmp_path / "metrics.csv")
+    logger.log_metrics({"rollout_step": 2, "reward": 1 / 3})
+    logger.flush()
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[-1] == "2,,0.3333333333333333,"
+    assert (tmp_path / "metrics.edited-1.csv").read_text() == "rollout_step\n0\n"
 
 
 def test_a_fresh_start_replaces_an_old_file_only_with_its_first_row(tmp_path: Path):

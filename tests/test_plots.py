@@ -37,7 +37,7 @@ def write_budgets(run_dir: Path, budgets: dict[int, list[int]]) -> None:
     (run_dir / "budgets").mkdir()
     for epoch, values in budgets.items():
         table = pa.table({"budget": values, "epoch": [epoch] * len(values)})
-        pq.write_table(table, run_dir / "budgets" / f"epoch={epoch}.parquet")
+        pq.write_table(table, run_dir / "budgets" / f"epoch_{epoch:04d}.parquet")
 
 
 def draw_and_keep(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **kwargs: object) -> Figure:

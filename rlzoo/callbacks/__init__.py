@@ -1,5 +1,6 @@
 from rlzoo.callbacks.checkpoint import Checkpoint
 from rlzoo.callbacks.doctor import Doctor
+from rlzoo.callbacks.ending import Ending, Postponed
 from rlzoo.callbacks.export import Export
 from rlzoo.callbacks.gvm import GVM
 from rlzoo.callbacks.preemption import Preemption
@@ -16,7 +17,9 @@ __all__ = [
     "GVM",
     "Checkpoint",
     "Doctor",
+    "Ending",
     "Export",
+    "Postponed",
     "Preemption",
     "RankWatch",
     "Replan",

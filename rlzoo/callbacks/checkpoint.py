@@ -3,17 +3,19 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from rlzoo.callbacks.boundary import BoundaryCallback
-from rlzoo.checkpoints import FORMAT, saved_by
+from rlzoo.checkpoints import FORMAT, SAVED, UNFINISHED, saved_by
 from rlzoo.columns import AVG
 from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError, check_at_least
@@ -28,8 +30,7 @@ class Checkpoint(BoundaryCallback):
     Runs last, so that all outputs of the step are written. A checkpoint is whole or absent: it is
     written aside and renamed, and older ones are removed after that. Under DDP it is a file, under
     DeepSpeed and FSDP a folder with a part for each rank. It holds how many rows each logger had
-    written, and a resume cuts their files back to that. Stops the run when the ledger's limits are
-    reached.
+    written, and a resume cuts their files back to that.
 
     Args:
         run_dir: where `checkpoints/` is.
@@ -101,8 +102,6 @@ class Checkpoint(BoundaryCallback):
         if stopping or improved or data.preempted() or data.rollout_step % self.every == 0:
             with data.ledger.phase("checkpointing"):
                 self.save(trainer, name)
-        if stopping:
-            trainer.should_stop = True
 
     def check_monitor(self, data: Any) -> None:
         """Refuses a `val/` name that the validation before the first update has not given.
@@ -146,7 +145,7 @@ class Checkpoint(BoundaryCallback):
         partial = self.folder / f"{name}.partial"
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob("*.partial") if not self.kept else ():
+            for left in ours(self.folder, UNFINISHED) if not self.kept else ():
                 remove(left)  # by a save that was killed
             self.kept[name] = [best for _, best in self.best]
         trainer.strategy.barrier("rlzoo.checkpoint")
@@ -167,32 +166,48 @@ class Checkpoint(BoundaryCallback):
         point(self.folder / "last.ckpt", name)
         if best:
             point(self.folder / "best.ckpt", best[0])
-        for path in self.folder.glob("step_*.ckpt"):
+        for path in ours(self.folder, SAVED):
             if path.name not in {name, *best}:
                 remove(path)
 
     def state_dict(self) -> dict[str, Any]:
         module, loggers = self._trainer.lightning_module, self._trainer.loggers
-        states = [x.state_dict() if hasattr(x, "state_dict") else {} for x in loggers]
+        states = {logger_key(x): x.state_dict() for x in loggers if hasattr(x, "state_dict")}
         by = {
             "strategy": strategy_name(self._trainer.strategy),
             "ranks": self._trainer.world_size,
             "model": module.model_name,
         }
-        return {"format": FORMAT, "best": self.best, "monitor": self.monitor, "loggers": states, "saved_by": by}
+        return {
+            "format": FORMAT,
+            "best": self.best,
+            "monitor": self.monitor,
+            "loggers": states,
+            "saved_by": by,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved_by({"callbacks": {"Checkpoint": state}})
         if comparable(state.get("monitor", self.monitor), self.monitor):
-            self.best = [(score, name) for score, name in state["best"]]
+            self.best = [(score, name) for score, name in state["best"]][: self.keep_best]
         elif self.keep_best:
             log.warning(
                 f"callbacks.checkpoint.monitor is {self.monitor} now, and was {state['monitor']}: the"
                 " best checkpoint is looked for anew."
             )
-        for logger, logger_state in zip(self._trainer.loggers, state["loggers"], strict=True):
-            if logger_state:
-                logger.load_state_dict(logger_state)
+        states = state["loggers"]
+        if isinstance(states, list):  # as older versions saved them
+            own = [x for x in self._trainer.loggers if hasattr(x, "state_dict")]
+            found = [saved for saved in states if saved]
+            states = dict(zip(map(logger_key, own), found, strict=False))
+        for logger in self._trainer.loggers:  # one that is new has nothing to go on from
+            if hasattr(logger, "load_state_dict") and logger_key(logger) in states:
+                logger.load_state_dict(states[logger_key(logger)])
+
+
+def logger_key(logger: Logger) -> str:
+    """What tells the loggers that keep a state from each other."""
+    return f"{type(logger).__name__}/{logger.name}"
 
 
 def comparable(monitor: str | None, other: str | None) -> bool:
@@ -223,11 +238,18 @@ def asynchronous_io() -> AsyncCheckpointIO:
     return AsyncCheckpointIO(PublishingIO())
 
 
+def ours(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """What in a folder has a name that is a whole match."""
+    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+
+
 def point(link: Path, name: str) -> None:
     """Makes `link` point to `name` beside it, at once: it is never absent."""
     aside = link.with_name(f"{link.name}.partial")
     remove(aside)
     aside.symlink_to(name)
+    if link.is_dir() and not link.is_symlink():  # a copy that did not keep links made it a folder
+        remove(link)
     os.replace(aside, link)
 
 

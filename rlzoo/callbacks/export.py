@@ -6,7 +6,10 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlzoo.models.lora import lora_of, save_adapter
+from rlzoo.distributed import all_gather
+from rlzoo.errors import UserError
+from rlzoo.export import rehearse, save_policy
+from rlzoo.models.lora import adapter_weights, write_adapter
 from rlzoo.values import PathText
 
 
@@ -14,7 +17,8 @@ class Export(Callback):
     """Writes the final policy and its tokenizer to `policy/`, in Hugging Face format.
 
     A policy with LoRA is written whole, adapters merged; the adapters alone go to `adapter/`, in
-    peft's format.
+    peft's format. All but the weights is tried before the run draws anything. A failure at the end
+    is kept in `fault`: the rest of the end still happens, and `rlzoo.training` then speaks of it.
 
     Args:
         run_dir: where `policy/` goes.
@@ -23,15 +27,28 @@ class Export(Callback):
 
     def __init__(self, run_dir: PathText, tokenizer: PreTrainedTokenizerBase) -> None:
         self.folder, self.tokenizer = Path(run_dir) / "policy", tokenizer
+        self.fault: Exception | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fault = None
+        if trainer.is_global_zero:
+            fault = rehearse(pl_module.policy, self.tokenizer, self.folder.parent)
+        fault = all_gather(fault)[0]  # so that every rank ends
+        if fault:
+            raise UserError(fault)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        state = whole_state(pl_module, keep=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            pl_module.policy.save_pretrained(self.folder, state_dict=state)
-            self.tokenizer.save_pretrained(self.folder)
-        if lora_of(pl_module.policy) is not None:
-            folder = self.folder.with_name("adapter")
-            save_adapter(pl_module.policy, folder, keep=trainer.is_global_zero)
+        first = trainer.is_global_zero
+        state = whole_state(pl_module, keep=first)
+        adapters = adapter_weights(pl_module.policy, keep=first)
+        if not first:
+            return
+        try:
+            save_policy(pl_module.policy, self.tokenizer, self.folder, state)
+            if adapters:
+                write_adapter(pl_module.policy, self.folder.with_name("adapter"), adapters)
+        except Exception as error:  # whatever it is, checkpoint and summary are worth more
+            self.fault = error
 
 
 def whole_state(module: LightningModule, keep: bool) -> dict[str, Tensor]:

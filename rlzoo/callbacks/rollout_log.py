@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from rlzoo.loggers import CSVLogger
 from rlzoo.rewards.base import Verdict, is_right
 from rlzoo.types import Rollouts
 from rlzoo.values import AtLeast0, PathText
+
+ROLLOUTS = r"rollouts/step_(\d{6,})\.parquet"  # the files that a run writes, by its steps
+BUDGETS = r"budgets/epoch_(\d{4,})\.parquet"  # and by its epochs
 
 
 class RolloutLog(BoundaryCallback):
@@ -89,9 +93,11 @@ class RolloutLog(BoundaryCallback):
 
     def remove_later_files(self, rollout_step: int, epoch: int) -> None:
         """Removes what an interrupted run wrote after the checkpoint that is resumed."""
-        for folder, first in (("rollouts", rollout_step), ("budgets", epoch)):
+        for pattern, first in ((ROLLOUTS, rollout_step), (BUDGETS, epoch)):
+            folder, name = pattern.split("/")
             for path in (self.run_dir / folder).glob("*.parquet"):
-                if int(path.stem.rpartition("_")[2]) >= first:
+                found = re.fullmatch(name, path.name)  # a file of someone else's stays
+                if found and int(found.group(1)) >= first:
                     path.unlink()
 
     def state_dict(self) -> dict:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlzoo.allocators.base import Allocator
 from rlzoo.allocators.uniform import Uniform
+from rlzoo.data import fingerprint
 from rlzoo.data.base import RunDataModule
 from rlzoo.data.draw import Drawer, concatenate
 from rlzoo.data.leaks import ON_OVERLAP, apart
@@ -136,6 +137,7 @@ class RolloutDataModule(RunDataModule):
         self.epoch = 0  # the epoch being drawn, or the next one
         self.budgets: dict[str, int] | None = None  # by prompt id; None between epochs
         self.next_prompt = self.drawn = 0  # within the epoch's shard
+        self._fingerprint: dict[str, Any] = {}  # computed once
 
     # --- prompts ----------------------------------------------------------------------------
 
@@ -265,16 +267,14 @@ class RolloutDataModule(RunDataModule):
     # --- resume -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        return self.run_state() | {
             "epoch": self.epoch,
             "budgets": self.budgets,
             "next_prompt": self.next_prompt,
             "drawn": self.drawn,
-            "rollout_step": self.rollout_step,
             "total_budget": self.total_budget,
             "allocator": self.allocator.state_dict(),
             "engine": self.engine.state_dict(),
-            "ledger": self.ledger.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -284,12 +284,36 @@ class RolloutDataModule(RunDataModule):
                 f" {self.total_budget}. Resume with the sizes of the checkpoint, or start a new run"
                 " from its weights with init_from=CHECKPOINT."
             )
+        self.load_run_state(state)
         self.epoch, self.budgets = state["epoch"], state["budgets"]
         self.next_prompt, self.drawn = state["next_prompt"], state["drawn"]
-        self.rollout_step = state["rollout_step"]
         self.allocator.load_state_dict(state["allocator"])
         self.engine.load_state_dict(state["engine"])
-        self.ledger.load_state_dict(state["ledger"])
+
+    @property
+    def epochs_done(self) -> int:
+        return self.epoch
+
+    def fingerprint(self) -> dict[str, Any]:
+        if not self._fingerprint:
+            self._fingerprint = {
+                "train": fingerprint.of_prompts(self.train_prompts),
+                "val": fingerprint.of_prompts(self.val_prompts),
+                "replay": fingerprint.of_files(self.replay_files) if self.replay_files else None,
+                "engine": type(self.engine).__name__,
+            }
+        return self._fingerprint
+
+    def data_changes(self, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        found = [
+            fingerprint.prompts_differ(before["train"], now["train"], "training"),
+            fingerprint.files_differ(before["replay"], now["replay"]),
+        ]
+        if self.exact:
+            found.append(fingerprint.prompts_differ(before["val"], now["val"], "validation"))
+            if before["engine"] != now["engine"]:
+                found.append(f"{before['engine']} drew its responses, now {now['engine']} would")
+        return [fault for fault in found if fault]
 
 
 def check_truncation(top_p: float, top_k: int, allowed: bool) -> None:

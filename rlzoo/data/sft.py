@@ -6,12 +6,13 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlzoo.data import fingerprint
 from rlzoo.data.base import RunDataModule
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import accepted
@@ -92,6 +93,7 @@ class SFTDataModule(RunDataModule):
         self.on_too_long, self.seed = on_too_long, seed
         self._pool: tuple[int, list[Pair]] = (-1, [])  # its number, and its examples by length
         self.val_batches: list[RolloutBatch] = []
+        self._fingerprint: dict[str, Any] = {}  # computed once
 
     def check_limits(self) -> None:
         """Raises a UserError where no limit would ever end the run."""
@@ -247,12 +249,34 @@ class SFTDataModule(RunDataModule):
     def train_dataloader(self) -> SFTLoader:
         return SFTLoader(self)
 
-    def state_dict(self) -> dict:
-        return {"rollout_step": self.rollout_step, "ledger": self.ledger.state_dict()}
+    def state_dict(self) -> dict[str, Any]:
+        return self.run_state()
 
-    def load_state_dict(self, state: dict) -> None:
-        self.rollout_step = state["rollout_step"]
-        self.ledger.load_state_dict(state["ledger"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.load_run_state(state)
+
+    def fingerprint(self) -> dict[str, Any]:
+        if not self._fingerprint:
+            first, _ = self.encode([self.corpus[i] for i in range(min(8, len(self.corpus)))])
+            self._fingerprint = {
+                "corpus": fingerprint.of_pairs(self.corpus),
+                "rendered": fingerprint.of_prompts(first)["tokens"],
+            }
+        return self._fingerprint
+
+    def data_changes(self, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        found = []
+        if before["corpus"]["count"] != now["corpus"]["count"]:
+            counts = before["corpus"]["count"], now["corpus"]["count"]
+            found.append(f"there were {counts[0]:,} examples, now there are {counts[1]:,}")
+        elif before["corpus"] != now["corpus"]:
+            found.append("some examples are others, or stand in another order")
+        elif before["rendered"] != now["rendered"]:
+            found.append(
+                "the examples are rendered to other tokens (another tokenizer, chat template, or"
+                " data.template)"
+            )
+        return found
 
 
 class SFTLoader:

@@ -228,15 +228,23 @@ def save_adapter(policy: nn.Module, folder: Path, keep: bool) -> None:
     Args:
         keep: whether this rank writes; collective, so that the others walk along.
     """
+    state = adapter_weights(policy, keep)
+    if keep:
+        write_adapter(policy, folder, state)
+
+
+def adapter_weights(policy: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The adapters, whole, by peft's names; none of a policy without. Collective, as above."""
     adapters = ((n, p) for n, p in policy.named_parameters() if is_adapter(n))
-    state = {
+    return {
         f"base_model.model.{name.replace(f'.{NAME}.', '.')}": tensor.detach().cpu().contiguous()
         for name, tensor in gathered(adapters)
         if keep
     }
-    if keep:
-        from safetensors.torch import save_file
 
-        config = policy.peft_config[NAME]
-        config.save_pretrained(str(folder))
-        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+def write_adapter(policy: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    policy.peft_config[NAME].save_pretrained(str(folder))
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
