@@ -24,8 +24,10 @@ _JOINED = re.compile(rf"{_SPACE}*{_AND}(?:{_SPACE}|{_AND})*{_NAME}?{_SPACE}*")
 _MAYBE_JOINED = re.compile(rf"\b(?:and|or|as well as)\b|[,;]|^{_SPACE}*$")
 _SENTENCE_ENDS = re.compile(r"[A-Za-z]{2}[.!?]\s")
 _FAR, _NEAR = 70, 10  # characters between boxes that may belong together; as in math-verify
-_PERCENT_AFTER = re.compile(
-    r"\s*(?:\$|\\[)\]])?\s*(?:\\text\{\s*)?(?:\\?%|per\s?cent\b|pct\b|percentage\b)", re.IGNORECASE
+_PERCENT_AFTER = re.compile(  # spaces are bounded: two runs of them would take quadratic time
+    r"\s{0,9}(?:\$|\\[)\]])?\s{0,9}(?:\\text\{\s{0,9})?"
+    r"(?:\\?%|per\s?cent\b|pct\b|percentage\b)",
+    re.IGNORECASE,
 )
 _NUMBER = re.compile(r"[-+\d.,/ ]+|-?\\[dt]?frac[\d{} ]+")
 # How Minerva's prompt has a response end (arXiv:2206.14858, appendix D.2).

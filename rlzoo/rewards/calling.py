@@ -121,7 +121,9 @@ class RewardCaller:
 
     def checked_rewards(self, returned: Any, prompts: Sequence[Prompt]) -> Tensor:
         """[N] float32 on the CPU."""
-        wanted = f"{len(prompts)} finite numbers, one for each response (a list, a tensor or Scores)"
+        wanted = (
+            f"{len(prompts)} finite numbers, one for each response (a list, a tensor or Scores)"
+        )
         try:
             rewards = torch.as_tensor(returned).detach()
             if rewards.is_complex():
@@ -166,8 +168,8 @@ class RewardCaller:
             self.tell_once(
                 "verdict",
                 f"The reward {self.name} called a response to prompt {prompts[i].id}"
-                f" {Verdict(int(verdicts[i])).name.lower()} and gave it {float(rewards[i]):g}. Right"
-                " is the full reward of 1, throughout: the verdict follows the reward.",
+                f" {Verdict(int(verdicts[i])).name.lower()} and gave it {float(rewards[i]):g}."
+                " Right is the full reward of 1, throughout: the verdict follows the reward.",
             )
         verdicts = torch.where(verdicts == Verdict.RIGHT, Verdict.WRONG, verdicts)
         return torch.where(right, Verdict.RIGHT, verdicts).to(torch.int8)

@@ -30,7 +30,9 @@ _BASE = re.compile(r"([0-9A-F]+)_\{?(\d+)\}?")
 _RELATION = re.compile(r"(?:[<>]=?|\\(?:[lg](?:eq?|t)|neq?)(?![a-z]))\s*")
 _NOON = re.compile(r"\b([ap])\.?\s?m\b", re.IGNORECASE)
 _TERM = re.compile(r"-?[0-9.]+ ?([a-z]{1,2})")
-_UNITS = frozenset("m s g h l cm mm km dm kg mg gm ft lb in yd mi hr am pm th st nd rd ml cc".split())
+_UNITS = frozenset(
+    "m s g h l cm mm km dm kg mg gm ft lb in yd mi hr am pm th st nd rd ml cc".split()
+)
 _LETTER = r"\(?[A-J]\)?"
 _CHOICE = re.compile(
     r"(?:\\text\w*\s*\{\s*)?(?i:option |choice )?\(?([A-J])(?:\)?\.?|[).:}]+ ?.+)", re.DOTALL
@@ -117,8 +119,8 @@ def _answer_verdict(raw_gold: str, answer: str) -> Verdict:
     numbers = number(gold.rstrip("\\%")), number(answer.rstrip("\\%"))
     if None not in numbers:
         if gold.endswith("%") != answer.endswith("%"):  # 28% is 28, and is 0.28
-            shares = (n / 100 if text.endswith("%") else n for n, text in zip(numbers, (gold, answer)))
-            return Verdict(numbers[0] == numbers[1] or len(set(shares)) == 1)
+            percent, plain = numbers if gold.endswith("%") else numbers[::-1]
+            return Verdict(plain in (percent, percent / 100))
         if numbers[0] == numbers[1]:
             return Verdict.RIGHT
         difference, size = abs(numbers[0] - numbers[1]), max(map(abs, numbers))

@@ -1,7 +1,7 @@
 r"""One spelling for answers that mean the same, before they are compared as text and parsed.
 
-Every rule keeps the meaning: `\tfrac12`, full-width digits, `28 percent` and `1.5e-5` are other ways
-to write what math-verify reads as `\frac12`, digits, `28\%` and `1.5 \cdot 10^{-5}`.
+Every rule keeps the meaning: `\tfrac12`, full-width digits, `28 percent` and `1.5e-5` are other
+ways to write what math-verify reads as `\frac12`, digits, `28\%` and `1.5 \cdot 10^{-5}`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ _SIGNS = str.maketrans(
     }
 )
 _GREEK = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi psi omega".split()
-_GREEK_SIGNS = str.maketrans({x: rf"\{n} " for x, n in zip("αβγδεθλμπρστφψω", _GREEK, strict=True)})
+_GREEK_SIGNS = str.maketrans(
+    {sign: rf"\{name} " for sign, name in zip("αβγδεθλμπρστφψω", _GREEK, strict=True)}
+)
 
 _TEXT = r"\\(?:text(?:rm|bf|it|normal)?|mbox|mathrm|operatorname)\s*"
 _WRAPPERS = re.compile(
@@ -48,12 +50,14 @@ _WRAPPERS = re.compile(
     r"|textcolor\{\w*\}|color\{\w*\}|colorbox\{\w*\})\s*\{"
 )
 _PERCENT = re.compile(
-    rf"(?:\\[ ,;!]|~|\s)*(?:{_TEXT}\{{\s*)?(?:\\?%|\bper\s?cent\b|\bpct\b|\bpercentage\b(?:\s+points?)?)"
-    r"(?:\s*\})?",
+    rf"(?:\\[ ,;!]|~|\s)*(?:{_TEXT}\{{\s*)?"
+    r"(?:\\?%|\bper\s?cent\b|\bpct\b|\bpercentage\b(?:\s+points?)?)(?:\s*\})?",
     re.IGNORECASE,
 )
 _NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
-_FUNCTIONS = "sin|cos|tan|cot|sec|csc|log|exp|sqrt|max|min|mod|det|and|infinity|frac|theta|alpha|beta"
+_FUNCTIONS = (
+    "sin|cos|tan|cot|sec|csc|log|exp|sqrt|max|min|mod|det|and|infinity|frac|theta|alpha|beta"
+)
 
 _RULES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
@@ -90,10 +94,14 @@ _RULES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         (rf"^(?:{_TEXT}\{{\s*)?(?:USD|EUR|GBP|Rs\.?)(?:\s*\}})?\s*(?=[0-9])", ""),
     )
 ]
-_UNIT = rf"(?:{_TEXT}\{{(?!\s*[apAP]\.?[mM]\b)[^{{}}]*\}}|\\Omega|\\mu(?=\s*\\))(?:\^\s*(?:-?\d|\{{-?\d+\}}))?"
+_UNIT = (
+    rf"(?:{_TEXT}\{{(?!\s*[apAP]\.?[mM]\b)[^{{}}]*\}}|\\Omega|\\mu(?=\s*\\))"
+    r"(?:\^\s*(?:-?\d|\{-?\d+\}))?"
+)
 _UNITS_AFTER = re.compile(rf"(?<=[0-9}})\]%])\s*{_UNIT}(?:\s*(?:\\cdot|\\times|/)?\s*{_UNIT})*$")
 _WORDS_AFTER = re.compile(
-    rf"^(-?{_NUMBER})\s+(?!(?:{_FUNCTIONS})\b)[A-Za-z]{{3,}}(?:\s+(?!(?:{_FUNCTIONS})\b)[A-Za-z]{{2,}})*$"
+    rf"^(-?{_NUMBER})\s+(?!(?:{_FUNCTIONS})\b)[A-Za-z]{{3,}}"
+    rf"(?:\s+(?!(?:{_FUNCTIONS})\b)[A-Za-z]{{2,}})*$"
 )
 
 
@@ -118,7 +126,7 @@ def normalise(answer: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    r"""The exact value of 12, -0.5, .5, 1/2, \frac{1}{2}, 1\frac{1}{2}, 1.5 \cdot 10^{-5}, or None."""
+    r"""The value of 12, -0.5, 1/2, \frac{1}{2}, 1\frac{1}{2}, 1.5 \cdot 10^{-5}; else None."""
     if len(text) > 120 or re.search(r"\d\s+\d", text):
         return None
     text = text.replace(" ", "")
@@ -127,7 +135,8 @@ def number(text: str) -> Fraction | None:
         top, bottom = [int(p) for p in parts if p]
         value = int(whole or 0) + Fraction(top, bottom) if bottom else None
         return -value if value is not None and sign == "-" else value
-    if found := re.fullmatch(rf"([-+]?{_NUMBER})\\(?:cdot|times)10\^(?:\{{(-?\d{{1,3}})\}}|(\d))", text):
+    power = r"\\(?:cdot|times)10\^(?:\{(-?\d{1,3})\}|(\d))"
+    if found := re.fullmatch(rf"([-+]?{_NUMBER}){power}", text):
         return Fraction(found[1]) * Fraction(10) ** int(found[2] or found[3])
     if re.fullmatch(rf"[-+]?(?:{_NUMBER}|\d+/0*[1-9]\d*)", text):
         return Fraction(text)
@@ -141,7 +150,8 @@ def _number_spelling(answer: str) -> str:
     if re.fullmatch(r"[-+]?[1-9]\d{0,2}(?:[ '_]\d{3})+(?:\.\d+)?", answer):
         return re.sub(r"[ '_]", "", answer)
     answer = re.sub(r"^(-?\d+)\s+(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}", answer)
-    answer = re.sub(rf"(?<![\w.\\])({_NUMBER})[eE]([-+]?)0*(\d{{1,3}})(?![\w.])", _scientific, answer)
+    power = r"[eE]([-+]?)0*(\d{1,3})(?![\w.])"
+    answer = re.sub(rf"(?<![\w.\\])({_NUMBER}){power}", _scientific, answer)
     return re.sub(
         r"(\d+)?\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))$", _repeating, answer
     )
@@ -175,17 +185,14 @@ def _unwrapped(answer: str) -> str:
 
 def _ascii(answer: str) -> str:
     """With LaTeX's commands for signs, and with ASCII for other forms of digits and letters."""
-    answer = re.sub(f"[{''.join(_SUPERSCRIPTS)}]+", lambda m: _script("^", m[0], _SUPERSCRIPTS), answer)
-    answer = re.sub(f"[{''.join(_SUBSCRIPTS)}]+", lambda m: _script("_", m[0], _SUBSCRIPTS), answer)
+    for sign, names in (("^", _SUPERSCRIPTS), ("_", _SUBSCRIPTS)):
+        for run in set(re.findall(f"[{''.join(names)}]+", answer)):
+            answer = answer.replace(run, f"{sign}{{{''.join(map(names.__getitem__, run))}}}")
     answer = re.sub("[¼½¾⅐-⅞]", _vulgar, answer)
     answer = re.sub(rf"{_TEXT}\{{\s*([°º˚])\s*\}}", r"\1", answer)
     answer = re.sub(r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}", answer).replace("√", r"\sqrt")
     answer = unicodedata.normalize("NFKC", answer.translate(_SIGNS))
     return answer.translate(_SIGNS).translate(_GREEK_SIGNS)
-
-
-def _script(sign: str, found: str, names: dict[str, str]) -> str:
-    return f"{sign}{{{''.join(names[c] for c in found)}}}"
 
 
 def _vulgar(found: re.Match[str]) -> str:

@@ -66,7 +66,8 @@ class WorkerServer:
             self._receive(1)
         except OSError as error:
             code = self._process.poll()
-            how = f"was not ready after {_START_SECONDS:g} s" if code is None else f"ended with {code}"
+            late = f"was not ready after {_START_SECONDS:g} s"
+            how = late if code is None else f"ended with {code}"
             self.close()
             raise UserError(
                 f"reward=math: the verifier's worker server {how}; what it says stands above."
