@@ -29,7 +29,8 @@ OURS = (  # what rlzoo relies on
 OTHER_POLICY = (  # the policy that draws would not be the one that is trained, or was never tried
     *("quantization", "quantization_config", "hf_overrides", "speculative_config", "enable_lora"),
     *("lora_modules", "tokenizer", "tokenizer_mode", "revision", "config_format", "hf_config_path"),
-    *("pipeline_parallel_size", "data_parallel_size", "cpu_offload_gb", "rope_scaling", "rope_theta"),
+    *("pipeline_parallel_size", "data_parallel_size", "cpu_offload_gb", "rope_scaling"),
+    "rope_theta",
     *("max_logprobs", "worker_cls", "worker_extension_cls", "override_generation_config"),
 )
 
@@ -47,13 +48,13 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise UserError(f"engine.options.{name}: rlzoo sets it; take {OWN_KEYS[plain]}.")
         if plain in OURS:
             raise UserError(
-                f"engine.options.{name}: rlzoo sets it, and would not work with another value. Leave"
-                " it out."
+                f"engine.options.{name}: rlzoo sets it, and would not work with another value."
+                " Leave it out."
             )
         if plain in OTHER_POLICY:
             raise UserError(
-                f"engine.options.{name}: with it vLLM may draw from another policy than the one that"
-                " is trained, or was never tried with weights that change. Leave it out."
+                f"engine.options.{name}: with it vLLM may draw from another policy than the one"
+                " that is trained, or was never tried with weights that change. Leave it out."
             )
 
 

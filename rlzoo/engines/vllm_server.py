@@ -167,8 +167,9 @@ class VLLMServerEngine:
             if is_open:
                 log.warning(
                     f"{address} does what it is asked without a key: whoever reaches its port can"
-                    " load weights into it. Start it with --middleware rlzoo.engines.guard.RequireKey"
-                    " and VLLM_API_KEY in its environment (docs/engines.md)."
+                    " load weights into it. Start it with --middleware"
+                    " rlzoo.engines.guard.RequireKey and VLLM_API_KEY in its environment"
+                    " (docs/engines.md)."
                 )
 
     async def _is_open(self, session: Any, address: str) -> bool:

@@ -50,7 +50,8 @@ def float_buffers(module: nn.Module) -> dict[str, Tensor]:
     `*-true` halves buffers too, the frequencies of rotary embeddings among them: at position 3,000
     an angle would then be off by radians, and no engine draws from such a policy.
     """
-    return {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    named = module.named_buffers()
+    return {name: buffer.clone() for name, buffer in named if buffer.is_floating_point()}
 
 
 def put_back(module: nn.Module, buffers: dict[str, Tensor]) -> None:

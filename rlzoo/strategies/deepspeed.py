@@ -81,7 +81,7 @@ class DeepSpeed(DeepSpeedStrategy):
             "gradient_clipping": 0.0,  # `group_updates` clips
             "steps_per_print": None,
         }
-        if stage > 1:  # in stage 1 it selects another optimizer, which `group_updates` does not know
+        if stage > 1:  # in stage 1 it selects an optimizer that `group_updates` does not know
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         super().__init__(config=config, timeout=timedelta(seconds=timeout))
         self.stage = stage
