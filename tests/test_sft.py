@@ -156,6 +156,15 @@ def test_prompts_without_solutions_have_no_validation_loss(caplog):
     assert data.val_batches == [] and "1 of 1 validation prompts have no worked" in caplog.text
 
 
+def test_what_is_validated_on_and_trained_on_is_told_by_the_tokens_of_its_prompt(caplog):
+    val = [Prompt("x", "ab", "a", solution="abc"), Prompt("y", "cd", "a", solution="abc")]
+    data_of([("ab", "other"), ("ef", "abc")], val=val, batch_size=2).setup("fit")
+    assert "1 of 2 validation prompts are also trained on: val/loss" in caplog.text
+    caplog.clear()
+    data_of([("ef", "abc"), ("gh", "abc")], val=val, batch_size=2).setup("fit")
+    assert "also trained on" not in caplog.text
+
+
 # --- whole runs -----------------------------------------------------------------------------
 
 SMALL = ("algo=sft", "num_threads=1", "logger=csv", "data.num_train=16", "data.num_val=4")

@@ -15,7 +15,7 @@ from rlzoo.allocators.uniform import Uniform
 from rlzoo.data import fingerprint
 from rlzoo.data.base import RunDataModule
 from rlzoo.data.draw import Drawer, concatenate
-from rlzoo.data.leaks import ON_OVERLAP, apart
+from rlzoo.data.leaks import ON_OVERLAP, apart, check_alike
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import read_rollouts, rollout_files
 from rlzoo.data.rollout_loader import RolloutLoader
@@ -150,6 +150,7 @@ class RolloutDataModule(RunDataModule):
         self.train_prompts, self.val_prompts = encode("train"), encode("val")
         check_prompts(limits_of(self.tokenizer), [*self.train_prompts, *self.val_prompts])
         self.train_prompts = apart(self.train_prompts, self.val_prompts, self.on_overlap)
+        check_alike(self.train_prompts, self.val_prompts)
         if len(self.train_prompts) < self.prompts_per_epoch:
             raise UserError(
                 f"datamodule.prompts_per_epoch={self.prompts_per_epoch}, but the data has only"

@@ -5,9 +5,11 @@ Told by the token ids that a policy would see, whatever the prompts are called.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 
+from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError
 from rlzoo.types import Prompt
 
@@ -55,6 +57,34 @@ def apart(
         " out of training."
     )
     return list(train)
+
+
+def tell_shared(train: set[int], val: set[int]) -> None:
+    """Warns of validation prompts, by hashes of their token ids, that are also trained on."""
+    if train & val:
+        log.warning(
+            f"{len(train & val)} of {len(val)} validation prompts are also trained on: val/loss"
+            " will look better than it is. Take them out of one of the files."
+        )
+
+
+def check_alike(train: Sequence[Prompt], val: Sequence[Prompt]) -> None:
+    """Raises a UserError, on every rank, unless all ranks have the same prompts; collective.
+
+    A node with an older copy of a file would draw and score other prompts than the rest.
+    """
+    told = hashlib.blake2b(digest_size=8)
+    for prompt in (*train, *val):  # the hash of whole numbers is the same in every process
+        told.update(f"{prompt.id}\0{prompt.answer}\0{hash(prompt.token_ids)}\n".encode())
+    digests = all_gather((told.hexdigest(), len(train), len(val)))
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        _, num_train, num_val = digests[others[0]]
+        raise UserError(
+            f"Rank {others[0]} read other prompts than rank 0: {num_train} and {num_val} of"
+            f" validation, against {digests[0][1]} and {digests[0][2]}. Give every node the same"
+            " files under data.path and val_path, and the same tokenizer."
+        )
 
 
 def report_repeats(prompts: Sequence[Prompt]) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlzoo.data import fingerprint
 from rlzoo.data.base import RunDataModule
+from rlzoo.data.leaks import tell_shared
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import accepted
 from rlzoo.distributed import world
@@ -106,7 +107,7 @@ class SFTDataModule(RunDataModule):
     def setup(self, stage: str) -> None:
         if self.corpus is None:
             self.corpus = solved(self.source.load("train"))
-        self.corpus = self.fitting(self.corpus, "the corpus")
+        self.corpus, trained = self.fitting(self.corpus, "the corpus")
         if len(self.corpus) < self.batch_size:
             log.warning(
                 f"The corpus has {len(self.corpus)} examples, fewer than"
@@ -119,19 +120,22 @@ class SFTDataModule(RunDataModule):
                 f"{len(prompts) - len(written)} of {len(prompts)} validation prompts have no worked"
                 " solution: val/loss is of the others."
             )
-        pairs, size = written and self.fitting(solved(written), "the validation split"), self.batch_size
+        pairs, held_out, size = [], set(), self.batch_size
+        if written:
+            pairs, held_out = self.fitting(solved(written), "the validation split")
+        tell_shared(trained, held_out)
         starts = range(0, len(pairs), size)
         self.val_batches = [self.batch(pairs[i : i + size], *world()) for i in starts]
         if self.trainer is not None:
             self.trainer.lightning_module.agree_on_pieces(self.val_batches)
 
-    def fitting(self, pairs: Sequence[Pair], what: str) -> Sequence[Pair]:
-        """The examples within the limits of length.
+    def fitting(self, pairs: Sequence[Pair], what: str) -> tuple[Sequence[Pair], set[int]]:
+        """The examples within the limits of length, and hashes of their prompts' token ids.
 
         Raises:
             UserError: an empty solution; a longer example, unless it is to be dropped; none left.
         """
-        kept, dropped = [], 0
+        kept, dropped, hashes = [], 0, set()
         for start in range(0, len(pairs), CHUNK):
             chunk = [pairs[i] for i in range(start, min(start + CHUNK, len(pairs)))]
             prompts, responses = self.encode(chunk)
@@ -143,6 +147,7 @@ class SFTDataModule(RunDataModule):
                 if reason is None:
                     check_examples(limits_of(self.tokenizer), [prompt], [response])
                     kept.append(i)
+                    hashes.add(hash(tuple(prompt.token_ids)))
                 elif self.on_too_long == "error":
                     raise UserError(
                         f"Example {i} of {what} has {reason}. Raise the limit, or leave such examples"
@@ -158,7 +163,7 @@ class SFTDataModule(RunDataModule):
                 f" datamodule.max_prompt_tokens={self.max_prompt_tokens} or"
                 f" max_response_tokens={self.max_response_tokens}. Raise them, or give other data."
             )
-        return [pairs[i] for i in kept] if dropped else pairs
+        return [pairs[i] for i in kept] if dropped else pairs, hashes
 
     def too_long(self, prompt: int, response: int) -> str | None:
         """What of an example of so many tokens is over its limit."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from rlzoo.data import leaks
 from rlzoo.data.leaks import apart
 from rlzoo.data.prompts import FilePrompts
 from rlzoo.errors import UserError
@@ -101,3 +102,21 @@ def test_training_prompts_that_are_rendered_alike_are_told(
     assert apart(train, []) == train
     assert "2 training prompts are rendered like one before" in caplog.text
     assert "1 of them with another answer" in caplog.text and "'b', like 'a'" in caplog.text
+
+
+# --- between ranks
+
+
+def test_ranks_that_read_other_prompts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, val = [prompt("a", (1, 2)), prompt("b", (3,))], [prompt("c", (4,))]
+    told: list[tuple] = []
+    monkeypatch.setattr(leaks, "all_gather", lambda value: told.append(value) or list(told))
+    for same in (train, [prompt("a", (1, 2)), prompt("b", (3,))]):
+        leaks.check_alike(same, val)
+    for other in ([prompt("a", (1, 2)), prompt("b", (5,))], [*train[:1], prompt("b", (3,), "9")]):
+        del told[2:]
+        with pytest.raises(UserError, match="Rank 2 read other prompts than rank 0: 2 and 1"):
+            leaks.check_alike(other, val)
+    del told[2:]
+    with pytest.raises(UserError, match="Rank 2 .* 2 and 0 of validation, against 2 and 1"):
+        leaks.check_alike(train, [])
