@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+from rlzoo.whereabouts import HERE
 
 # The process group and the one made beside it. Torch alone keeps them: one that outlives its end,
 # until the interpreter's, may abort the process.
@@ -24,13 +28,15 @@ def world() -> tuple[int, int]:
 def all_gather(item: Any) -> list[Any]:
     """Every rank's item, in order of rank; collective.
 
-    Items are pickled and travel over gloo, in host memory, whatever the strategy's group uses.
+    Items are pickled and travel over gloo, in host memory, whatever the strategy's group uses. A
+    rank that waits here long is named together with the function that called.
     """
     _, size = world()
     if size == 1:
         return [item]
     items = [None] * size
-    dist.all_gather_object(items, item, group=talking_group())
+    with HERE.waiting(sys._getframe(1).f_code.co_qualname):
+        dist.all_gather_object(items, item, group=talking_group())
     return items
 
 
@@ -49,5 +55,9 @@ def talking_group() -> ProcessGroup:
 
 def new_gloo_group(whole: ProcessGroup) -> ProcessGroup:
     """With the time-out of the group that it stands beside: `strategy.timeout`."""
-    timeout = whole._get_backend(whole._device_types[0]).options._timeout  # no public place has it
-    return dist.new_group(backend="gloo", timeout=timeout)
+    return dist.new_group(backend="gloo", timeout=exchange_timeout(whole))
+
+
+def exchange_timeout(whole: ProcessGroup) -> timedelta:
+    """How long a process of this group waits for the others in one exchange."""
+    return whole._get_backend(whole._device_types[0]).options._timeout  # no public place has it

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rlzoo.errors import UserError
+from rlzoo.whereabouts import HERE
 
 PAID = ("train", "pilot")  # streams whose responses the budget pays for
 
@@ -77,7 +78,8 @@ class Ledger:
         self._settle()
         self._stack.append(name)
         try:
-            yield
+            with HERE.inside(name):
+                yield
         finally:
             self._settle()
             self._stack.pop()

@@ -78,14 +78,19 @@ class Bars:
             advance(n): call it when n more units are done.
         """
         if not self._live:
-            yield lambda n: None
+            yield lambda n: HERE.moved()
             return
         description = "  " * self._depth + name
         task = self._progress.add_task(description, total=total, unit=unit)
         self._depth += 1
+
+        def advance(n: int) -> None:
+            HERE.moved()
+            self._progress.advance(task, n)
+
         self._progress.start()  # nothing happens if an outer phase has started it
         try:
-            yield lambda n: self._progress.advance(task, n)
+            yield advance
         finally:
             self._depth -= 1
             if self._depth == 0:

@@ -3,6 +3,8 @@ what is logged of them, a rank without data included."""
 
 import dataclasses
 import math
+import re
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rlzoo.algos import RAFT, PolicyAlgorithm
+from rlzoo.callbacks import RankWatch, rank_watch
+from rlzoo.distributed import all_gather
+from rlzoo.ledger import Ledger
 from rlzoo.losses import LossOutput
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.recorded import recorded_rollouts
@@ -75,6 +80,30 @@ def logged() -> dict[str, dict[str, float]]:
     return found
 
 
+def stalled(rank: int) -> tuple[list[str], list[str]]:
+    """What the watch says, and why it would end the run, where rank 0 waits in an exchange and
+    rank 1 hangs elsewhere for longer than is allowed."""
+    said: list[str] = []
+    ended: list[str] = []
+    rank_watch.BEAT, rank_watch.say = 0.1, said.append
+    watch = RankWatch(stall=0.5)
+    watch.stop = ended.append
+    watch.on_train_start(None, None)
+    assert 50 < watch.limit < 60  # of the group's time-out
+    watch.limit = 1.5
+    if rank == 1:
+        with Ledger().phase("scoring"):
+            time.sleep(3.0)
+    meet()
+    watch.close("done")
+    all_gather("done")
+    return said, ended
+
+
+def meet() -> None:
+    all_gather(None)
+
+
 def compute_on_a_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -88,7 +117,7 @@ def compute_on_a_rank(rank: int, folder: str) -> None:
     for tensor in averaged:  # as a data-parallel strategy does
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         tensor /= 2
-    torch.save((averaged, logged()), f"{folder}/{rank}.pt")
+    torch.save((averaged, logged(), stalled(rank)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -109,7 +138,7 @@ def alone() -> list[torch.Tensor]:
 def test_two_ranks_average_to_the_gradient_of_one(case, ranks, alone):
     expected = alone[case]
     assert expected.norm() > 1e-4
-    for averaged, _ in ranks:
+    for averaged, *_ in ranks:
         assert (averaged[case] - expected).norm() / expected.norm() < 1e-5
 
 
@@ -118,12 +147,23 @@ def test_a_rank_without_data_logs_what_one_process_alone_does(ranks):
     expected = logged()
     talkative = {"microbatches_of_1", "microbatches_of_2", "z", "entropy", "loss"}
     assert set(expected["talkative"]) - talkative == set()
-    for _, found in ranks:
+    for _, found, _ in ranks:
         assert "z" in found["talkative"] and found["talkative"]["z"] == pytest.approx(2.0)
         for name in [*NAMES, "sft"]:
             assert expected[name].keys() == found[name].keys()
             for key, value in expected[name].items():
                 same = found[name][key] == pytest.approx(value, rel=1e-5, abs=1e-6)
                 assert same or (math.isnan(value) and math.isnan(found[name][key])), (name, key)
-    both = [{k: v for k, v in found["talkative"].items() if v == v} for _, found in ranks]
+    both = [{k: v for k, v in found["talkative"].items() if v == v} for _, found, _ in ranks]
     assert both[0] == both[1]
+
+
+def test_a_stall_says_what_it_waits_for_and_on_which_rank(ranks):
+    """All are alive, so that nobody is missed, and would wait for half an hour."""
+    (*_, (said, ended)), (*_, (nothing, ended_too)) = ranks
+    where = r"rank 0 \(.*\) waits for the others in meet \(exchange \d+, between phases\) since \d+ s;"
+    where += r" rank 1 \(.*\) in phase scoring since \d+ s\."
+    assert said and not nothing  # rank 0 speaks for all
+    assert re.fullmatch(rf"no rank has moved on for \d+ s: {where}", said[0])
+    for reasons in (ended, ended_too):
+        assert reasons and re.fullmatch(rf"No rank has moved on for \d+ s: {where}", reasons[0])

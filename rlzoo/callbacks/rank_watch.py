@@ -9,15 +9,19 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from torch.distributed import TCPStore
 
 from rlzoo.callbacks.preemption import Preempted
-from rlzoo.distributed import all_gather, world
+from rlzoo.distributed import all_gather, exchange_timeout, world
 from rlzoo.engines import isolation
 from rlzoo.errors import UserError, check_at_least
+from rlzoo.values import Positive
+from rlzoo.whereabouts import HERE
 
 BEAT = 1.0  # seconds between two signs of life
+SHORTLY_BEFORE = 0.95  # of the time-out of an exchange: the run ends with a word of ours
 LOST_RANK = 70  # exit code of a run that lost a rank
 SYMPTOMS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "NCCL")
 
@@ -31,13 +35,21 @@ class RankWatch(Callback):
     the processes that it started every five seconds, and kills them all, rank 0 included, without a
     word to the terminal if one of them has failed. So that it does not, they outlive rank 0.
 
+    A sign of life says where its rank is (`rlzoo.whereabouts`). Where all are alive but none moves
+    on, since they wait in different exchanges or one of them hangs, rank 0 says which rank is where;
+    shortly before the exchange would time out, that is the run's last word.
+
     Args:
         patience: seconds without a sign after which a rank counts as dead.
+        stall: seconds in which no rank moves on after which it is said where each one is.
     """
 
-    def __init__(self, patience: float = 30.0) -> None:
+    def __init__(self, patience: float = 30.0, stall: Positive = 120.0) -> None:
         check_at_least("callbacks.rank_watch.patience", patience, 5)
-        self.patience = patience
+        self.patience, self.stall = patience, stall
+        self.limit = float("inf")  # seconds of standing still after which the run is ended
+        self.notice = stall  # seconds of standing still at which it is said next
+        self.moves: dict[int, tuple[str, float]] = {}  # by rank: where it is, and since when
         self.done = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -57,6 +69,7 @@ class RankWatch(Callback):
         self.store = TCPStore(host, port, is_master=False, timeout=timeout)
         names = all_gather(f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
         self.names, self.rank = names, rank
+        self.limit = SHORTLY_BEFORE * exchange_timeout(dist.group.WORLD).total_seconds()
         places = all_gather((process_namespace(), os.getpid()))
         self.neighbours = open_neighbours(rank, places)
         self.started_by_first = 0 in self.neighbours and places[0][1] == os.getppid()
@@ -76,7 +89,7 @@ class RankWatch(Callback):
     def look(self, beats: int, seen: dict[int, tuple[str, float]]) -> str | None:
         """One round: our sign, and what is wrong with the others, if anything."""
         try:
-            self.store.set(f"beat/{self.rank}", str(beats))
+            self.store.set(f"beat/{self.rank}", f"{beats}|{HERE.count}|{HERE}")
             for other in seen:
                 found = self.last_word(other)
                 if found != seen[other][0]:
@@ -88,6 +101,35 @@ class RankWatch(Callback):
                     return f"{self.names[other]} gave no sign of life for {quiet:.0f} s."
         except (RuntimeError, OSError):  # rank 0's store is gone, and so is rank 0
             return f"{self.names[0]} is gone."
+        return self.standing_still({other: found for other, (found, _) in seen.items()})
+
+    def standing_still(self, words: dict[int, str]) -> str | None:
+        """Says, on rank 0, that no rank moves on; returns it where that has lasted too long.
+
+        Args:
+            words: each rank's last word.
+        """
+        now = time.monotonic()
+        for rank, word in words.items():
+            moved = word.partition("|")[2]
+            if rank not in self.moves or self.moves[rank][0] != moved:
+                self.moves[rank] = moved, now
+        if not all("|" in word for word in words.values()):
+            return None  # one has not begun, or has ended
+        still = now - max(since for _, since in self.moves.values())
+        if still < self.stall:
+            self.notice = self.stall
+            return None
+        places = "; ".join(
+            f"{self.names[rank]} {moved.partition('|')[2]} since {now - since:.0f} s"
+            for rank, (moved, since) in self.moves.items()
+        )
+        waiting = any("waits for" in moved for moved, _ in self.moves.values())
+        if waiting and still >= self.limit:
+            return f"No rank has moved on for {still:.0f} s: {places}."
+        if self.rank == 0 and still >= self.notice:
+            self.notice = 2 * still
+            say(f"no rank has moved on for {still:.0f} s: {places}.")
         return None
 
     def watch_neighbours(self) -> None:
