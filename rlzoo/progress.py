@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 from rlzoo.columns import AVG, validated_ks
+from rlzoo.whereabouts import HERE
 
 HEADER_EVERY = 20  # step lines: the header then stays within one screen
 
