@@ -234,7 +234,8 @@ def of_places(ours: Tensor, sample: Sample) -> Iterator[Suspect]:
         ("early", slice(1, None), slice(None, -1)),
     ):
         moved = torch.cat([row[ours_cut] for row, _ in rows])
-        yield Suspect("shift", residual(moved, torch.cat([row[theirs_cut] for _, row in rows])), name)
+        beside = torch.cat([row[theirs_cut] for _, row in rows])
+        yield Suspect("shift", residual(moved, beside), name)
 
 
 def of_prompts(

@@ -103,10 +103,10 @@ SENTENCES = {
     "precision": "precision: {formats}; where the trainer computes in float32 too, they agree",
     "temperature": "the sampling settings: the engine's log-probs are those of temperature {value},"
     " the trainer's of {temperature:.3g}",
-    "top_p": "the sampling settings: the engine's log-probs are those of top_p={value} or so, the trainer's"
-    " of all tokens",
-    "top_k": "the sampling settings: the engine's log-probs are those of top_k={value}, the trainer's"
-    " of all tokens",
+    "top_p": "the sampling settings: the engine's log-probs are those of top_p={value} or so, the"
+    " trainer's of all tokens",
+    "top_k": "the sampling settings: the engine's log-probs are those of top_k={value}, the"
+    " trainer's of all tokens",
     "cap": "the logits: the engine caps them at {value}, the trainer does not",
     "shift": "a shift: the engine's log-probs stand one token too {value}",
     "prompt": "the prompt: the engine saw it {value}",

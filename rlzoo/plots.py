@@ -25,9 +25,9 @@ MAX_BARS = 40  # a histogram with more bars is no easier to read at 1200 pixels
 def draw_run(run_dir: Path, labels: Mapping[str, object] | None = None) -> Path:
     """Draws `run_dir/learning.png`, 1200 x 500 pixels.
 
-    Left, validation avg@k and pass@k, for every k that the run had, and training acceptance against responses drawn, from
-    `metrics.csv`; right, the budgets of the first and the last epoch, from `budgets/*.parquet`,
-    left out when there are none.
+    Left, validation avg@k and pass@k, for every k that the run had, and training acceptance
+    against responses drawn, from `metrics.csv`; right, the budgets of the first and the last
+    epoch, from `budgets/*.parquet`, left out when there are none.
 
     Args:
         run_dir: a run's directory.

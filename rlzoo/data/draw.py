@@ -184,8 +184,8 @@ def check_finite(rollouts: Rollouts, stream: str, engine: Engine) -> None:
         raise UserError(
             f"The engine's log-probs are not finite: {lost} of {int(rollouts.lengths.sum())} tokens"
             f" (stream {stream}), although the weights that it was given are. Its numbers outgrow"
-            f" {engine.dtype}: take engine.dtype=bfloat16 or float32 (engine=transformers: model.dtype), or"
-            " look for what else is wrong with the engine with doctor=true."
+            f" {engine.dtype}: take engine.dtype=bfloat16 or float32 (engine=transformers: model.dtype),"
+            " or look for what else is wrong with the engine with doctor=true."
         )
 
 
