@@ -87,7 +87,7 @@ def explain(error: BaseException, cfg: DictConfig) -> str | None:
             return port_in_use(os.environ.get("MASTER_PORT", "that was chosen"))
         if type(cause).__name__ == "MisconfigurationException":
             return f"Lightning cannot run this: {one_line(str(cause))}"
-        if isinstance(cause, TypeError) and isinstance(error, InstantiationException):
+        if "unexpected keyword argument" in str(cause) and isinstance(error, InstantiationException):
             return f"A key that its class does not take: {one_line(str(error))}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, (InstantiationException, OmegaConfBaseException)):

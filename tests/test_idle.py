@@ -112,7 +112,6 @@ def test_every_argument_of_lightnings_trainer_has_its_place():
 
 
 OTHER = {  # a value that Lightning takes and that is not the one that rlzoo has
-    "max_epochs": 3,
     "min_epochs": 2,
     "max_steps": 3,
     "min_steps": 2,
@@ -147,6 +146,7 @@ NOT_SO = {  # values of arguments that act, which would do something else than t
     "accelerator": ["tpu", "auto", "mps", "null"],
     "devices": ["auto", "-1", "[0,1]", "'2'", "0", "1.5"],
     "num_nodes": ["0", "true"],
+    "max_epochs": ["0", "-2", "1.5", "null"],
     "precision": ["16-mixed", "16-true", "transformer-engine", "16", "fp8"],
     "accumulate_grad_batches": ["0", "2.0"],
     "gradient_clip_val": ["-1", "nan", "inf", "'1'"],

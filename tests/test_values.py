@@ -180,3 +180,4 @@ def test_a_run_directory_under_the_home_folder_is_made_there(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     warm.passed(Path("~/there"), "limits.max_responses=16", "val_every=0")
     assert (tmp_path / "there" / "policy").is_dir()
+    assert not (tmp_path / "~").exists()
