@@ -196,3 +196,7 @@ def test_what_is_no_number_is_none(text):
 def test_any_text_has_a_spelling_and_it_is_stable_in_the_excerpt(text):
     assert isinstance(normalise(text), str)
     assert final_answers(shorten(text)) == final_answers(text)
+
+
+def test_a_fraction_that_stands_in_a_box_that_does_not_parse_is_no_answer():
+    assert verdict(r"\frac{2}{3}", boxed(r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}")) is WRONG
