@@ -140,4 +140,7 @@ def tiny_model(family: str, **changes: Any) -> nn.Module:
         raise ValueError(f"it cannot be made small by the usual keys: {count:,} parameters")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 19)[None], use_cache=False)  # or its sizes do not fit
+    return model

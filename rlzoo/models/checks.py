@@ -147,10 +147,13 @@ def explained(policy: nn.Module, source: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         said = " ".join(str(error).split())[:300]
+        attention = policy.config._attn_implementation
+        mend = "Choose another causal language model."
+        if attention not in ("eager", "sdpa", None):
+            mend = f"Take model.attention=sdpa or eager in the place of {attention}."
         raise UserError(
             f"{source}: {type(policy).__name__} cannot be run on token ids alone by {what}"
-            f" ({type(error).__name__}: {said}), so rlzoo cannot train it. Choose another causal"
-            " language model."
+            f" ({type(error).__name__}: {said}), so rlzoo cannot train it. {mend}"
         ) from error
 
 

@@ -231,18 +231,12 @@ def told(source: str, load: Callable[[], T]) -> T:
 
 def load_problem(source: str, error: Exception) -> str:
     """What to tell the user of an error of transformers' while it reads a model."""
-    said = " ".join(str(error).split())
+    said = " ".join(str(error).split()).rstrip(".")
     low = said.lower()
     if "trust_remote_code" in low or "custom code" in low:
         return (
             f"{source} brings its own code, which is run only with model.trust_remote_code=true."
             " Read it first: it can do whatever you can."
-        )
-    if "attention" in low or "attn" in low:
-        return (
-            f"{source} cannot have the attention asked for with model.attention:"
-            f" {ours(said).split('. ')[0]}."
-            " Take model.attention=eager, which every family has, or sdpa."
         )
     if "unrecognized configuration class" in low:
         kind = re.search(r"'[\w.]*?(\w+)'", said)
@@ -251,16 +245,27 @@ def load_problem(source: str, error: Exception) -> str:
             f" {kind.group(1) if kind else 'its configuration'}. Encoder-decoders, encoders and"
             " classifiers cannot be trained here; choose a decoder."
         )
+    if any(word in low for word in ("attention implementation", "attn_implementation", "flash")):
+        return (
+            f"{source} cannot have the attention asked for with model.attention:"
+            f" {ours(said).split('. ')[0]}."
+            " Take model.attention=eager, which every family has, or sdpa."
+        )
     if "does not recognize this architecture" in low or "model type" in low or "model_type" in low:
         return (
             f"{source} is of a kind that this version of transformers does not know:"
-            f" {said[:200]} Correct model_type in its config.json, or install a version that knows"
+            f" {said[:200]}. Correct model_type in its config.json, or install a version that knows"
             " it."
+        )
+    if "connect" in low or "huggingface.co" in low:
+        return (
+            f"{source} is no directory here, and could not be fetched from the hub: {said[:200]}."
+            " Give a directory, or look at the name and the network."
         )
     return (
         f"{source} could not be loaded: {type(error).__name__}: {ours(said)[:400]}. A file may be"
-        " missing or cut short: compare the directory's files with the original's, or copy them"
-        " anew."
+        " missing or cut short, or config.json hold what transformers does not know: compare the"
+        " directory's files with the original's."
     )
 
 

@@ -106,7 +106,7 @@ def load_weights(policy: nn.Module, source: str, trust_remote_code: bool = False
     """
     place = Path(source).expanduser()
     if is_checkpoint(place):
-        state = policy_weights(place.resolve())
+        state = checkpoint_weights(place.resolve(), source)
     else:
         with loading_whole():
             model = load_model(
@@ -117,6 +117,20 @@ def load_weights(policy: nn.Module, source: str, trust_remote_code: bool = False
     check_state(policy, state, source)
     load_whole(policy, state)
     check_finite(policy, f"init_from={source}")
+
+
+def checkpoint_weights(path: Path, source: str) -> dict[str, Tensor]:
+    """`policy_weights`, with a message where the file is none of rlzoo's."""
+    try:
+        return policy_weights(path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"init_from={source} is no checkpoint of rlzoo's that can be read"
+            f" ({type(error).__name__}: {first_line(error)[:200]}). Give a .ckpt of a run, which may"
+            " have been cut short, or a model directory."
+        ) from error
 
 
 def check_state(policy: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -1,9 +1,13 @@
 """The policy that is scored and trained is the model's own forward, or its family is refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 import rlzoo.models.logits
+from rlzoo.bench._tiny_models import families, tiny_config
 from rlzoo.bench.architectures import examined
 from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.decoding import CachedDecoder, RecomputingDecoder
@@ -48,8 +52,6 @@ def test_a_family_is_scored_drawn_trained_exported_and_resumed_as_its_own_forwar
     ],
 )
 def test_what_a_configuration_says_of_logits(family, expected):
-    from rlzoo.bench._tiny_models import tiny_config
-
     keys = {"final_logit_softcapping": 5.0, "logits_soft_cap": 5.0, "logit_scale": 0.25}
     keys |= {"logits_scaling": 4.0, "lm_head_multiplier": 0.25}
     own = {k: v for k, v in keys.items() if hasattr(tiny_config(family), k)}
@@ -163,3 +165,12 @@ def test_both_decoders_draw_the_same_tokens():
     for one, other in zip(*map(lambda groups: [r for g in groups for r in g], drawn), strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
+
+
+def test_the_documented_table_has_every_family_of_this_transformers():
+    table = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    results = dict(re.findall(r"^\| (\S+) \| \S* *\| (\w+)", table, re.MULTILINE))
+    results.pop("family")
+    assert sorted(results) == sorted(families())
+    assert {results[family] for family in FAMILIES} == {"works"}
+    assert set(results.values()) == {"works", "refused", "none"}

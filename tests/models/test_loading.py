@@ -128,7 +128,9 @@ def encoder_decoder(folder: Path) -> Path:
 def test_an_attention_that_a_family_has_not_is_named_by_our_key(folder, tmp_path):
     said = refusal(saved(tmp_path, "gpt_oss"))
     assert "model.attention=eager" in said and "attn_implementation" not in said
-    assert "model.attention" in refusal(folder, attention="flash_attention_2")
+    assert "model.attention=eager" in refusal(folder, attention="flash_attention_2")
+    configure(folder, num_attention_heads=3)  # a message about heads is none about attention
+    assert "model.attention" not in refusal(folder)
 
 
 def test_float16_weights_are_not_trained(folder):
@@ -165,6 +167,13 @@ def test_an_untied_head_is_not_lost_in_a_tied_model(tmp_path):
     assert "lm_head.weight" in refusal(tied, init_from=str(untied))
     policy = load_policy(str(untied), init_from=str(tied))
     assert torch.equal(policy.lm_head.weight, policy.model.embed_tokens.weight)
+
+
+def test_a_file_that_is_no_checkpoint_starts_nothing(original, tmp_path):
+    (tmp_path / "cut.ckpt").write_bytes(b"PK")
+    torch.save([1], tmp_path / "other.ckpt")
+    for name in ("cut.ckpt", "other.ckpt"):
+        assert f"{name} is no checkpoint" in refusal(original, init_from=str(tmp_path / name))
 
 
 def test_a_checkpoint_with_nan_starts_nothing(original, tmp_path):
