@@ -62,9 +62,8 @@ def load_policy(
     if dtype == "float16" and lora is None:
         raise UserError(
             "model.dtype=float16 cannot hold weights that train: the optimizer's smallest numbers"
-            " are 0 in it, and the first update makes NaN. Take model.dtype=float32 (with"
-            " trainer.precision=16-mixed on a GPU, if you want float16 passes) or bfloat16; frozen"
-            " weights under model.lora may be float16."
+            " are 0 in it, and the first update makes NaN. Take model.dtype=float32 or"
+            " bfloat16; frozen weights under model.lora may be float16."
         )
     policy = load_model(
         path,
