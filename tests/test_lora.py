@@ -196,7 +196,7 @@ def compose(*overrides: str) -> DictConfig:
         ("{target_modules: [lm_head]}", "lm_head.*They are"),
         ("{target_modules: [proj]}", "proj, but Qwen2ForCausalLM has no linear layer"),
         ("{target_modules: []}", "all-linear or a list"),
-        ("yes", "model.lora must be null or"),
+        ("yes", "model.lora must be"),
     ],
 )
 def test_bad_settings_fail_at_start_up(override, words):

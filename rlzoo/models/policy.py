@@ -98,7 +98,7 @@ def enable_checkpointing(policy: nn.Module, source: str) -> None:
 
 
 def load_weights(policy: nn.Module, source: str, trust_remote_code: bool = False) -> None:
-    """Copies weights into a policy from a checkpoint (.ckpt), sharded or not, or a model directory.
+    """Copies weights into a policy from a checkpoint, sharded or not, or from a model directory.
 
     Raises:
         UserError: it holds other weights than the policy has, by their names, or some are NaN.
