@@ -109,7 +109,7 @@ def test_tokens_a_second_are_by_the_slowest_rank_over_all_rounds(monkeypatch):
     alone = drawer.draw(prompts, [2, 1], "train", 0)
     assert 0.02 <= alone.sampling_seconds < 1
     assert ledger.phases["sampling/train"] == pytest.approx(alone.sampling_seconds, abs=0.01)
-    monkeypatch.setattr(draw, "all_gather", lambda mine: [mine, ([], 7.0)])  # of a slower rank
+    monkeypatch.setattr(draw, "all_gather", lambda mine: [mine, ([], 7.0, [])])  # of a slower rank
     beside = drawer.draw(prompts, [2, 1], "train", 1)
     assert beside.sampling_seconds == 7
     assert draw.concatenate([alone, beside]).sampling_seconds == alone.sampling_seconds + 7
