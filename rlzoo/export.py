@@ -12,7 +12,6 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
@@ -22,6 +21,7 @@ from transformers import (
 from rlzoo.checkpoints import data_state, kind_of, policy_weights, read_state
 from rlzoo.errors import UserError
 from rlzoo.models.finite import not_finite
+from rlzoo.models.loading import load_config
 from rlzoo.models.policy import load_tokenizer, model_directory
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def write(checkpoint: Path, out: Path, model: str | None = None) -> None:
             " trained from: --model DIRECTORY."
         )
     trust = bool(OmegaConf.select(cfg, "model.trust_remote_code", default=False))
-    config = AutoConfig.from_pretrained(model_directory(path), trust_remote_code=trust)
+    config = load_config(path, trust)
     weights = policy_weights(checkpoint)
     dtype = next(t.dtype for t in weights.values() if t.is_floating_point())
     policy = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)

@@ -19,7 +19,6 @@ from lightning import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoConfig
 
 from rlzoo.callbacks.checkpoint import asynchronous_io
 from rlzoo.callbacks.doctor import Diagnosed
@@ -33,8 +32,9 @@ from rlzoo.errors import UserError, check_choice
 from rlzoo.export import write as write_policy
 from rlzoo.idle import check_idle
 from rlzoo.ledger import Limits
+from rlzoo.models.loading import load_config
 from rlzoo.models.lora import check_lora, lora_settings
-from rlzoo.models.policy import eos_token_ids, load_tokenizer, model_directory
+from rlzoo.models.policy import eos_token_ids, load_tokenizer
 from rlzoo.preflight import check_parts
 from rlzoo.progress import Bars
 from rlzoo.ranks import cluster_plugins, is_first, log_name
@@ -183,7 +183,7 @@ def check_resume(cfg: DictConfig, checkpoint: Path | None, state: dict[str, Any]
 def check_model(cfg: DictConfig, checkpoint: Path, saved: dict[str, Any]) -> None:
     """Raises a UserError if a checkpoint is of a model of another size than the run's."""
     trust = cfg.model.trust_remote_code
-    config = AutoConfig.from_pretrained(model_directory(cfg.model.path), trust_remote_code=trust)
+    config = load_config(cfg.model.path, trust)
     count = sum(shape.numel() for shape in expected_shapes(config, trust).values())
     if not saved["model"].endswith(f" of {count:,} parameters"):
         raise UserError(
@@ -252,8 +252,7 @@ def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.trust_remote_code)
     if cfg.model.get("lora") is not None:
         trust = cfg.model.trust_remote_code
-        path = model_directory(cfg.model.path)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        config = load_config(cfg.model.path, trust)
         check_lora(cfg.model.lora, empty_model(config, trust))
     source = instantiate(cfg.data)
     limits = Limits(**cfg.limits)

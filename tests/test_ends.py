@@ -224,10 +224,7 @@ def test_a_failure_at_the_end_loses_nothing_and_says_how_to_get_it(tmp_path, mon
     assert (run_dir / "policy" / "model.safetensors").exists()
 
 
-def test_a_policy_that_is_no_number_is_neither_saved_nor_exported(one_step, tmp_path):
-    message = warm.refused(tmp_path / "run", "model.dtype=float16", ONE_STEP)
-    assert "holds NaN or inf" in message and "model.dtype=float32" in message
-    assert not (tmp_path / "run" / "policy").exists()
+def test_a_policy_that_is_no_number_is_not_exported(one_step, tmp_path):
     checkpoint = tmp_path / "broken" / "checkpoints" / "step_000001.ckpt"
     checkpoint.parent.mkdir(parents=True)
     state = torch.load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from rlzoo.algos.gap import GapWatch
 from rlzoo.allocators.gvm import gvm_budgets
 from rlzoo.callbacks import Checkpoint, WeightSync
 from rlzoo.callbacks.checkpoint import comparable
+from rlzoo.callbacks.weight_sync import refuse_broken
 from rlzoo.engines.base import Response
 from rlzoo.engines.probe import LENGTH, probe_sequences
 from rlzoo.engines.transformers import TransformersEngine
@@ -38,7 +40,7 @@ def test_a_trainer_in_bfloat16_beside_an_engine_in_float32_is_told_so(tmp_path):
     assert "sampling settings" not in told
 
 
-def test_weights_that_an_update_makes_nan_stop_the_run_at_the_next_sync(tmp_path, monkeypatch):
+def test_weights_that_an_update_makes_nan_stop_the_run_at_the_boundary(tmp_path, monkeypatch):
     step = torch.optim.AdamW.step
 
     def spoiling(self, *args, **kwargs):
@@ -49,7 +51,7 @@ def test_weights_that_an_update_makes_nan_stop_the_run_at_the_next_sync(tmp_path
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
     told = warm.refused(tmp_path / "run", *ONE_STEP)
-    assert "The policy's weights are not finite: model.embed_tokens.weight" in told
+    assert re.search(r"After update \d policy.model.embed_tokens.weight holds NaN or inf", told)
     assert "model.dtype=float32" in told
     assert not (tmp_path / "run" / "policy").exists()
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
@@ -178,7 +180,7 @@ def test_weights_that_are_no_numbers_are_named(value):
     with torch.no_grad():
         policy.model.layers[1].mlp.up_proj.weight[2, 3] = value
     with pytest.raises(UserError, match=r"not finite: model.layers.1.mlp.up_proj.weight hold NaN"):
-        synced("never", 1, CountingEngine(), policy)
+        refuse_broken(SimpleNamespace(policy=policy))
 
 
 def test_the_probe_takes_prompts_from_where_they_begin_to_differ():

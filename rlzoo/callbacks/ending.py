@@ -33,7 +33,7 @@ class Ending(BoundaryCallback):
             raise UserError(
                 f"After update {trainer.datamodule.ledger.updates} {broken[0]} holds NaN or inf, so"
                 " there is no policy any more. What was saved before stands: go on from it with a"
-                " lower lr, or with wider numbers: model.dtype=float32 (float16 overflows in Adam)."
+                " lower lr, or with wider numbers: model.dtype=float32."
             )
         if trainer.datamodule.stop_reason() is not None:
             trainer.should_stop = True

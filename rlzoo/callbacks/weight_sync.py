@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor
 
 from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.diagnosis import probe, setting_of
-from rlzoo.distributed import all_gather, world
+from rlzoo.distributed import all_gather
 from rlzoo.doctor import on_probe
 from rlzoo.engines.base import weights_checksum
 from rlzoo.errors import UserError, check_choice
+from rlzoo.models.finite import broken_weights
 from rlzoo.values import Positive
 
 CHECKED = 2  # syncs that check=first compares: at start, and after the engine's first sleep
@@ -48,6 +47,7 @@ class WeightSync(BoundaryCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
+        refuse_broken(pl_module)  # later `Ending` sees to that
         with data.ledger.phase("engine_start"), data.bars.phase("starting the engine", 1, "engines"):
             data.engine.wake()
         self.sync(trainer, pl_module)
@@ -62,10 +62,8 @@ class WeightSync(BoundaryCallback):
             check: compares them even where `check` of the callback does not ask for it.
 
         Raises:
-            UserError: the trainer's weights are not finite.
             RuntimeError: the engine's weights are not the trainer's.
         """
-        refuse_broken(pl_module)
         check |= self.check == "always" or (self.check == "first" and self.syncs < CHECKED)
         self.syncs += 1
         ledger, engine = trainer.datamodule.ledger, trainer.datamodule.engine
@@ -118,26 +116,3 @@ def refuse_broken(module: LightningModule) -> None:
             " last checkpoint with model.dtype=float32, a lower algo.optimizer.lr or"
             " trainer.gradient_clip_val."
         )
-
-
-@torch.no_grad()
-def broken_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of tensors that hold NaN or inf; of sharded ones, this rank's part is looked at."""
-    names, ends = [], []
-    for name, tensor in named:
-        part = own_part(tensor)
-        if part.numel() and part.is_floating_point():
-            names.append(name)
-            ends.append(torch.stack(part.detach().aminmax()).float())  # NaN is its own minimum
-    if not names:
-        return []
-    finite = torch.stack([pair.to(ends[0].device) for pair in ends]).isfinite().all(-1)
-    return [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: all of it, unless it is sharded."""
-    if not hasattr(tensor, "ds_tensor"):
-        return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # FSDP's
-    part = tensor.ds_tensor.flatten()  # ZeRO-3's; the last one ends in memory nobody has written
-    return part[: max(0, tensor.ds_numel - world()[0] * part.numel())]

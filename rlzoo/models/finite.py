@@ -7,22 +7,35 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from rlzoo.distributed import world
+
+
+def not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first of `broken_weights`, or None."""
+    return next(iter(broken_weights(named)), None)
+
 
 @torch.no_grad()
-def not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor that holds NaN or inf, or None; of sharded ones, this rank's part.
+def broken_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of tensors that hold NaN or inf; of sharded ones, this rank's part is looked at.
 
     Reads every weight once, and waits for a GPU once.
     """
-    names, sums = [], []
+    names, ends = [], []
     for name, tensor in named:
-        part = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3's own part
-        part = part.to_local() if hasattr(part, "to_local") else part  # FSDP's
+        part = own_part(tensor)
         if part.numel() and part.is_floating_point():
             names.append(name)
-            # Of float32 sums: a float16 one overflows. Two infinities of opposite signs make a NaN.
-            sums.append(part.sum(dtype=torch.float32))
-    if not sums:
-        return None
-    bad = ~torch.isfinite(torch.stack([each.to(sums[0].device) for each in sums]))
-    return names[int(bad.nonzero()[0])] if bad.any() else None
+            ends.append(torch.stack(part.detach().aminmax()).float())  # NaN is its own minimum
+    if not names:
+        return []
+    finite = torch.stack([pair.to(ends[0].device) for pair in ends]).isfinite().all(-1)
+    return [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: all of it, unless it is sharded."""
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # FSDP's
+    part = tensor.ds_tensor.flatten()  # ZeRO-3's; the last one ends in memory nobody has written
+    return part[: max(0, tensor.ds_numel - world()[0] * part.numel())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ POSITIONS = (
     "max_target_positions",
     "n_ctx",
 )
-STRETCHED = ("linear", "dynamic", "yarn")  # RoPE types that reach `factor` times as far
+STRETCHED = ("linear", "yarn")  # RoPE types that reach `factor` times as far
+VARYING = ("dynamic", "longrope")  # of other frequencies for all tokens in a longer sequence
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -31,12 +33,18 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def longest_sequence(config: PretrainedConfig) -> int | None:
-    """Tokens of prompt and response that a model has positions for; None without a limit."""
+    """Tokens of prompt and response that a model has positions for; None without a limit.
+
+    Where rotary frequencies vary with a sequence's length, it ends before they do: a token drawn
+    early in a long response would be scored with others than it was drawn with.
+    """
     config = text_config(config)
     limits = [value for key in POSITIONS if isinstance(value := getattr(config, key, None), int)]
     if not limits or limits[0] < 1 or uses_alibi(config):
         return None
-    return max(limits[0], *(stretched(rope, limits[0]) for rope in rope_settings(config)), 0)
+    ropes = rope_settings(config)
+    longest = max(limits[0], *(stretched(rope, limits[0]) for rope in ropes), 0)
+    return min(longest, *(unvaried(rope, limits[0]) for rope in ropes), longest)
 
 
 def uses_alibi(config: PretrainedConfig) -> bool:
@@ -55,6 +63,13 @@ def stretched(rope: dict[str, Any], longest: int) -> int:
     if rope.get("rope_type", rope.get("type")) not in STRETCHED or not rope.get("factor"):
         return 0
     return int((rope.get("original_max_position_embeddings") or longest) * rope["factor"])
+
+
+def unvaried(rope: dict[str, Any], longest: int) -> int:
+    """Up to where rotary frequencies stay as they are."""
+    if rope.get("rope_type", rope.get("type")) not in VARYING:
+        return sys.maxsize
+    return int(rope.get("original_max_position_embeddings") or longest)
 
 
 class TokenLimits(NamedTuple):
@@ -106,7 +121,9 @@ def check_length(limits: TokenLimits, max_prompt_tokens: int, max_response_token
             f"datamodule.max_prompt_tokens={max_prompt_tokens} plus"
             f" datamodule.max_response_tokens={max_response_tokens} is {asked}, but"
             f" {limits.path} takes sequences of at most {limits.longest} tokens. Lower one of the"
-            " two. (It says so in its config.json: rope_scaling there extends rotary positions.)"
+            " two. (It says so in its config.json: rope_scaling there extends rotary positions; beyond"
+            " the first length of rope_type dynamic and longrope, early tokens would be scored with"
+            " other frequencies than they were drawn with.)"
         )
 
 

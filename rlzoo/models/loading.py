@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,17 +10,18 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError
+from rlzoo.models.finite import broken_weights
 from rlzoo.models.gather import is_partitioned, loading_whole
 
 T = TypeVar("T")
 TINY = Path(__file__).parent / "tiny"  # the policy shipped with rlzoo
 BENIGN = re.compile(  # left over in old checkpoints: buffers that are no weights
-    r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$|position_ids$"
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$|position_ids$"
 )
 
 
@@ -125,6 +127,7 @@ def load_model(
         check_names(found, empty, source)
     policy, found = told(source, load)
     check_names(found, policy, source)
+    check_tied(policy, Path(directory), source)
     check_finite(policy, source)
     check_padding_row(policy, Path(directory), source)
     freeze_other_parts(policy)
@@ -171,17 +174,31 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + rest
 
 
+def check_tied(policy: nn.Module, directory: Path, source: str) -> None:
+    """Refuses two weights in the files for what config.json ties. transformers would leave them
+    apart; whatever is built from the same config.json (an engine, an export) would not."""
+    tied = getattr(policy, "_tied_weights_keys", None)
+    if not getattr(policy.config, "tie_word_embeddings", False) or not isinstance(tied, dict):
+        return
+    for name, other in policy.get_expanded_tied_weights_keys(all_submodels=True).items():
+        apart = name not in policy.all_tied_weights_keys
+        if not apart and loads_in_parts():  # transformers has compared what it does not hold
+            ours, theirs = stored(directory, name), stored(directory, other)
+            apart = ours is not None and theirs is not None and not torch.equal(ours, theirs)
+        if apart:
+            raise UserError(
+                f"{source}: its files hold another {name} than {other}, but its config.json ties"
+                " the two (tie_word_embeddings=true), so that an engine or whoever loads policy/"
+                " would have another model. Set tie_word_embeddings to false there, or leave the"
+                " wrong one out of the files."
+            )
+
+
 def check_finite(policy: nn.Module, source: str) -> None:
     """Raises a UserError that names weights with NaN or infinite values. Collective where ZeRO-3
     holds the model in parts."""
-    parts = False
-    bad = []
-    for name, parameter in policy.named_parameters():
-        parts |= is_partitioned(parameter)
-        values = getattr(parameter, "ds_tensor", parameter).detach()
-        if values.is_floating_point() and not values.sum(dtype=torch.float32).isfinite():
-            bad.append(name)
-    if parts:
+    bad = broken_weights(policy.named_parameters())
+    if any(map(is_partitioned, policy.parameters())):
         bad = [name for names in all_gather(bad) for name in names]
     if bad:
         raise UserError(
@@ -193,20 +210,31 @@ def check_finite(policy: nn.Module, source: str) -> None:
 def check_padding_row(policy: nn.Module, directory: Path, source: str) -> None:
     """Refuses a family that zeroes a loaded embedding's padding row (youtu in transformers 5.19):
     padding may be a token that is drawn."""
-    embedding, file = policy.get_input_embeddings(), directory / "model.safetensors"
+    embedding = policy.get_input_embeddings()
     padding = getattr(embedding, "padding_idx", None)
-    if padding is None or is_partitioned(embedding.weight) or not file.is_file():
+    if padding is None or is_partitioned(embedding.weight):
         return
     name = next(name for name, p in policy.named_parameters() if p is embedding.weight)
-    with safe_open(file, framework="pt") as weights:
-        if name not in weights.keys():
-            return
-        row = weights.get_slice(name)[padding : padding + 1].to(embedding.weight)
+    row = stored(directory, name, slice(padding, padding + 1))
+    if row is None:
+        return
+    row = row.to(embedding.weight)
     if not torch.equal(row[0], embedding.weight[padding].detach()):
         raise UserError(
             f"{source}: transformers loads {type(policy).__name__} with another embedding of token"
             f" {padding} (pad_token_id) than its file has. Choose another family or version of it."
         )
+
+
+def stored(directory: Path, name: str, rows: slice = slice(None)) -> Tensor | None:
+    """Rows of a tensor as a local directory's safetensors have it; None if they do not, by name."""
+    index = directory / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    file = directory / shards.get(name, "model.safetensors")
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as weights:
+        return weights.get_slice(name)[rows] if name in weights.keys() else None
 
 
 def freeze_other_parts(policy: nn.Module) -> None:
@@ -257,6 +285,11 @@ def load_problem(source: str, error: Exception) -> str:
             f" {said[:200]}. Correct model_type in its config.json, or install a version that knows"
             " it."
         )
+    if "padding_idx must be within" in low:
+        return (
+            f"{source} names a padding token outside of its embedding: pad_token_id in its"
+            " config.json must be below vocab_size, or null."
+        )
     if "connect" in low or "huggingface.co" in low:
         return (
             f"{source} is no directory here, and could not be fetched from the hub: {said[:200]}."
@@ -264,8 +297,8 @@ def load_problem(source: str, error: Exception) -> str:
         )
     return (
         f"{source} could not be loaded: {type(error).__name__}: {ours(said)[:400]}. A file may be"
-        " missing or cut short, or config.json hold what transformers does not know: compare the"
-        " directory's files with the original's."
+        " missing, cut short or a Git LFS pointer, or config.json hold what transformers does not"
+        " know: compare the directory's files with the original's."
     )
 
 

@@ -82,7 +82,8 @@ def target_names(policy: nn.Module, target_modules: str | list[str]) -> list[str
             raise UserError(
                 f"model.lora.target_modules={target_modules} names {ending or 'linear layers'}, but"
                 f" {type(policy).__name__} has no linear layer of that name that can have an"
-                f" adapter. They are: {own}."
+                f" adapter. They are: {own}. Name some of these, or train all weights with"
+                " model.lora=null."
             )
         found |= dict.fromkeys(matches)
     return list(found)
@@ -161,9 +162,14 @@ def lora_layers(policy: nn.Module) -> Iterator[nn.Module]:
 
 def without_lora(policy: PolicyFactory) -> PolicyFactory:
     """Builds the same model without adapters; an engine is given merged weights."""
-    if isinstance(policy, functools.partial) and "lora" in policy.keywords:
+    if not isinstance(policy, functools.partial) or policy.keywords.get("lora") is None:
+        return policy
+    from rlzoo.models.policy import load_frozen, load_policy
+
+    if policy.func is not load_policy:
         return functools.partial(policy, lora=None)
-    return policy
+    kept = {k: v for k, v in policy.keywords.items() if k not in ("lora", "gradient_checkpointing")}
+    return functools.partial(load_frozen, *policy.args, **kept)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from rlzoo.checkpoints import is_checkpoint, policy_weights
 from rlzoo.errors import UserError
@@ -65,6 +67,22 @@ def load_policy(
             " are 0 in it, and the first update makes NaN. Take model.dtype=float32 or"
             " bfloat16; frozen weights under model.lora may be float16."
         )
+    policy = load_frozen(path, dtype, attention, trust_remote_code, init_from)
+    if lora is not None:
+        add_lora(policy, lora)
+    if gradient_checkpointing:
+        enable_checkpointing(policy, f"model.path={path}")
+    return policy
+
+
+def load_frozen(
+    path: str,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+    init_from: str | None = None,
+) -> nn.Module:
+    """The same model as `load_policy`, for an engine: without adapters, in any dtype."""
     policy = load_model(
         path,
         dtype=getattr(torch, dtype),
@@ -80,10 +98,6 @@ def load_policy(
         check_policy(policy, source)
     else:
         policy.unchecked = source  # until its strategy has placed it
-    if lora is not None:
-        add_lora(policy, lora)
-    if gradient_checkpointing:
-        enable_checkpointing(policy, source)
     return policy
 
 
@@ -215,13 +229,33 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def eos_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and the model's generation config's."""
+    """Every token that ends a response: the tokenizer's, and the model's generation config's.
+
+    Raises:
+        UserError: a generation_config.json that cannot be read, or names no tokens.
+    """
+    name = "generation_config.json"
+    file = cached_file(
+        model_directory(path),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
     try:
-        extra = GenerationConfig.from_pretrained(model_directory(path)).eos_token_id
-    except (OSError, ValueError):
-        extra = None
-    extra = extra if isinstance(extra, list) else [extra]
-    return sorted({tokenizer.eos_token_id, *(token for token in extra if token is not None)})
+        extra = None if file is None else json.loads(Path(file).read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"model.path={path} has a {name} that cannot be read ({first_line(error)[:200]}), so it"
+            " is not known which tokens end a response. Mend it, or remove it: the tokenizer's end"
+            " token is then the only one."
+        ) from error
+    extra = [] if extra is None else extra if isinstance(extra, list) else [extra]
+    if not all(type(token) is int for token in extra):
+        raise UserError(
+            f"model.path={path} has eos_token_id={extra} in its {name}: a response ends with token"
+            " ids, which are whole numbers. Correct it there, or remove it."
+        )
+    return sorted({tokenizer.eos_token_id, *extra})
 
 
 def first_line(error: Exception) -> str:

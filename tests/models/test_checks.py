@@ -15,6 +15,7 @@ from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
 from rlzoo.gradnorms import head_gradient_norm
 from rlzoo.models.checks import check_policy, probe_ids
+from rlzoo.models.limits import longest_sequence
 from rlzoo.models.logits import LogitTransform, transform_of
 from rlzoo.models.policy import load_policy
 from tests.conftest import make_tiny_model
@@ -99,6 +100,45 @@ def test_gradient_norms_follow_the_chain_rule_in_chunks(num_tokens, chunk, trans
     logprobs[torch.arange(num_tokens), tokens].sum().backward()
     norm = head_gradient_norm(hidden, weight.detach(), tokens, 0.7, bias, transform)
     assert norm.item() == pytest.approx(weight.grad.norm().item(), rel=1e-5)
+
+
+# --- positions ------------------------------------------------------------------------------------
+
+LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.5, 2.0]}
+
+
+@pytest.mark.parametrize(
+    "kind, settings, expected",
+    [
+        ("default", {}, 40),
+        ("linear", {"factor": 4.0}, 160),
+        ("yarn", {"factor": 4.0, "original_max_position_embeddings": 20}, 80),
+        ("dynamic", {"factor": 4.0}, 40),
+        ("longrope", LONGROPE | {"original_max_position_embeddings": 20}, 20),
+    ],
+)
+def test_a_sequence_ends_where_positions_do_or_begin_to_vary(kind, settings, expected):
+    rope = {"rope_type": kind, "rope_theta": 10000.0} | settings
+    config = tiny_config("llama", max_position_embeddings=40, rope_parameters=rope)
+    assert longest_sequence(config) == expected
+
+
+def test_up_to_there_what_is_drawn_is_what_is_scored(tmp_path):
+    """Beyond, a longer sequence gives its early tokens other frequencies."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    folder = str(saved(tmp_path, "llama", max_position_embeddings=32, rope_parameters=rope))
+    policy = load_policy(folder)
+    engine = TransformersEngine(lambda: load_policy(folder), [64], 1)
+    engine.version = 0
+    gaps = {}
+    for length in (longest_sequence(policy.config), 60):
+        request = Request((5, 6, 7), tuple(range(4)))
+        ((*drawn,),) = engine.generate([request], SamplingParams(1.0, length - 3), 0)
+        ids = torch.stack([torch.tensor([5, 6, 7, *r.token_ids.tolist()]) for r in drawn])
+        own = policy(ids, use_cache=False).logits.detach().log_softmax(-1)[:, 2:-1]
+        own = own.gather(2, ids[:, 3:, None])[..., 0]
+        gaps[length] = float((own - torch.stack([r.logprobs for r in drawn])).abs().max())
+    assert gaps[32] < 1e-5 < 1e-2 < gaps[60]
 
 
 # --- noise ----------------------------------------------------------------------------------------

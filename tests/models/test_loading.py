@@ -1,15 +1,19 @@
 """Every weight of a model directory is accounted for, or it is refused by their names."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
-from rlzoo.models.policy import load_policy
+from rlzoo.models.lora import whole_weights_of
+from rlzoo.models.policy import eos_token_ids, load_policy
 from tests.conftest import make_tiny_model
 from tests.models.families import saved
 
@@ -56,6 +60,21 @@ def test_a_head_that_no_file_has_is_not_made_up(folder):
 def test_a_tied_head_is_not_missing(folder):
     change(folder, lm_head__weight=None)
     configure(folder, tie_word_embeddings=True)
+    load_policy(str(folder))
+
+
+def test_a_head_of_its_own_in_a_tied_model_is_refused(folder):
+    configure(folder, tie_word_embeddings=True)  # transformers would leave the two apart
+    said = refusal(folder)
+    assert "another lm_head.weight than model.embed_tokens.weight" in said
+    assert "tie_word_embeddings to false" in said
+    change(folder, lm_head__weight=load_file(folder / WEIGHTS)["model.embed_tokens.weight"].clone())
+    load_policy(str(folder))  # both are there, and equal
+
+
+def test_buffers_of_old_checkpoints_are_not_left_over(folder):
+    rotary = "model__layers__0__self_attn__rotary_emb__"
+    change(folder, **{f"{rotary}{name}": torch.zeros(4) for name in ("inv_freq", "cos_cached")})
     load_policy(str(folder))
 
 
@@ -135,6 +154,44 @@ def test_an_attention_that_a_family_has_not_is_named_by_our_key(folder, tmp_path
 
 def test_float16_weights_are_not_trained(folder):
     assert "model.dtype=float16" in refusal(folder, dtype="float16")
+
+
+def test_an_engine_holds_the_frozen_half_of_a_float16_policy_with_adapters(folder):
+    policy = functools.partial(load_policy, str(folder), dtype="float16", lora={"r": 2})
+    engine = TransformersEngine(policy, [0], 1)
+    engine.load_weights(whole_weights_of(policy()), 0)
+    assert engine.dtype == "float16"
+
+
+def test_a_padding_token_outside_of_the_embedding_names_its_key(folder):
+    configure(folder, pad_token_id=64)
+    assert "pad_token_id in its config.json must be below vocab_size" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "cannot be read"),
+        ("[1]", "cannot be read"),
+        ('{"eos_token_id": ["5"]}', "eos_token_id=['5']"),
+        ('{"eos_token_id": 5.0}', "eos_token_id=[5.0]"),
+    ],
+)
+def test_end_tokens_that_cannot_be_read_are_not_left_out(folder, text, words):
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match="generation_config.json") as refused:
+        eos_token_ids(str(folder), SimpleNamespace(eos_token_id=0))
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("found, expected", [(None, [0]), ([5, 3], [0, 3, 5]), (5, [0, 5])])
+def test_end_tokens_are_the_tokenizers_and_the_generation_configs(folder, found, expected):
+    # transformers would refuse the file, not knowing such a max_new_tokens
+    text = json.dumps({"eos_token_id": found, "max_new_tokens": -1})
+    (folder / "generation_config.json").write_text(text)
+    assert eos_token_ids(str(folder), SimpleNamespace(eos_token_id=0)) == expected
+    (folder / "generation_config.json").unlink()
+    assert eos_token_ids(str(folder), SimpleNamespace(eos_token_id=0)) == [0]
 
 
 def test_a_home_directory_is_found(folder, monkeypatch):
