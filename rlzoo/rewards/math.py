@@ -14,7 +14,8 @@ from functools import lru_cache
 from latex2sympy2_extended.latex2sympy2 import convert_to_pct
 from latex2sympy2_extended.sets import FiniteSet
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, MatrixBase, Tuple
+from sympy import Basic, Eq, I, MatrixBase, Symbol, Tuple, nan, zoo
+from sympy.concrete.expr_with_limits import ExprWithLimits
 
 from rlzoo.rewards.base import Verdict
 from rlzoo.rewards.boxes import boxed_answer, final_answers
@@ -33,7 +34,18 @@ _TERM = re.compile(r"-?[0-9.]+ ?([a-z]{1,2})")
 _UNITS = frozenset(
     "m s g h l cm mm km dm kg mg gm ft lb in yd mi hr am pm th st nd rd ml cc".split()
 )
+_MODULUS = re.compile(
+    r"\s*\(?(?:\\[pb]?mod|\bmod|\\(?:text|mathrm)\s*\{\s*mod\s*\})\s*\{?(\w+)\}?\s*\)?$"
+)
+_OPEN_ENDED = re.compile(r"\bor (?:more|less|fewer|greater|higher|lower|above|below|over|under)\b")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALED = re.compile(
+    rf"(?<=\d)[\s~\\,]*(?:\\(?:text\w*|mbox)\s*\{{\s*)?({'|'.join(_SCALES)})\b[^{{}}\d]*\}}?[\s.]*$"
+)
+# Spaces that say nothing: not those between words, nor those between numbers.
+_SPACE = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])|(?<=[0-9]) (?=[A-Za-z])")
 _LETTER = r"\(?[A-J]\)?"
+_LABEL = re.compile(r"(?:\\(?:text\w*|mbox|mathrm)\s*\{\s*)?\(?([A-J])[).]\.?\s*\}?\s*(?=\S)")
 _CHOICE = re.compile(
     r"(?:\\text\w*\s*\{\s*)?(?i:option |choice )?\(?([A-J])(?:\)?\.?|[).:}]+ ?.+)", re.DOTALL
 )
@@ -42,7 +54,9 @@ _SAID_CHOICE = re.compile(
 )
 _COMMA = re.compile(r"-?\d+,\d+")
 _THOUSANDS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]{3,}|[A-Z]{3}|[A-Z][a-z]{2,} [A-Za-z0-9' -]+")
+_WORDS = re.compile(  # with letters that stand together: p - q is none
+    r"(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]{3,}|[A-Z]{3}|[A-Z][a-z]{2,} [A-Za-z0-9' -]+"
+)
 
 
 def parse_gold(answer: str) -> Parsed:
@@ -75,7 +89,7 @@ def parse_response(text: str) -> Parsed:
     text = re.sub(r"\\?%\s{0,9}\$", "$%", text).replace("\\%", "%")
     text = re.sub(r"\\mathrm\{([eid])\}", r"\1", text)
     text = re.sub(r"(?<=[0-9$])(\s{0,9})per cent\b", r"\1percent", text)
-    return parse(text, _TARGETS, parsing_timeout=None)
+    return _settled(parse(_with_gamma(text), _TARGETS, parsing_timeout=None))
 
 
 def verdict(gold: str, text: str) -> Verdict:
@@ -97,9 +111,10 @@ def verdict(gold: str, text: str) -> Verdict:
         return found
     found = Verdict.WRONG
     for answer in answers:
-        found = _answer_verdict(gold, normalise(answer))
-        if found is Verdict.RIGHT:
-            break
+        for pair in _scaled_alike(gold, answer):
+            found = _answer_verdict(pair[0], normalise(pair[1]))
+            if found is Verdict.RIGHT:
+                return found
     return found
 
 
@@ -113,9 +128,9 @@ def _answer_verdict(raw_gold: str, answer: str) -> Verdict:
     gold = _gold_text(raw_gold)
     if not gold:
         return Verdict.UNVERIFIABLE
-    if gold == answer:
+    if gold == answer or _tight(gold) == _tight(answer):
         return Verdict.RIGHT
-    gold, answer = _decimal_commas(gold, answer)
+    gold, answer = _decimal_commas(*_without_label(*_without_modulus(gold, answer)))
     numbers = number(gold.rstrip("\\%")), number(answer.rstrip("\\%"))
     if None not in numbers:
         if gold.endswith("%") != answer.endswith("%"):  # 28% is 28, and is 0.28
@@ -133,13 +148,49 @@ def _answer_verdict(raw_gold: str, answer: str) -> Verdict:
         return Verdict.RIGHT
     if _are_apart(gold, answer):
         return Verdict.WRONG
-    return _compare(parse_gold(raw_gold), _parse_answer(answer))
+    parsed = parse_gold(raw_gold) if gold == _gold_text(raw_gold) else _parse_answer(gold)
+    return _compare(parsed, _parse_answer(answer))
 
 
 def _compare(gold: Parsed, answer: Parsed) -> Verdict:
     if verify(gold, answer, timeout_seconds=None):
         return Verdict.RIGHT
     return Verdict.WRONG if _is_parsed(gold) else Verdict.UNVERIFIABLE
+
+
+def _tight(text: str) -> str:
+    """The text with one spelling of spaces, fractions and short indices."""
+    text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", _SPACE.sub("", text))
+    return re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+
+
+def _scaled_alike(gold: str, answer: str) -> list[tuple[str, str]]:
+    """5 million as five times a million; against a 5 alone, the word is a unit as well."""
+    pair = gold, answer
+    found = [_SCALED.search(text) for text in pair]
+    scaled = tuple(
+        rf"{text[: word.start()]} \cdot 10^{{{_SCALES[word[1]]}}}" if word else text
+        for text, word in zip(pair, found, strict=True)
+    )
+    return [scaled] if all(found) else [pair, scaled] if any(found) else [pair]
+
+
+def _without_modulus(gold: str, answer: str) -> tuple[str, str]:
+    """Both without a modulus, if it is the same or the answer's alone."""
+    moduli = [_MODULUS.search(text) for text in (gold, answer)]
+    if moduli[1] is None or (moduli[0] and moduli[0][1] != moduli[1][1]):
+        return gold, answer
+    return gold[: moduli[0].start()] if moduli[0] else gold, answer[: moduli[1].start()]
+
+
+def _without_label(gold: str, answer: str) -> tuple[str, str]:
+    """Both without the letter of a choice that stands before the value of one of them alone."""
+    labels = [_LABEL.match(text) for text in (gold, answer)]
+    if labels[0] and not labels[1]:
+        return labels[0][1] if re.fullmatch(_LETTER, answer) else gold[labels[0].end() :], answer
+    if labels[1] and not labels[0] and not re.fullmatch(_LETTER, gold):
+        return gold, answer[labels[1].end() :]
+    return gold, answer
 
 
 def _is_parsed(parsed: Parsed) -> bool:
@@ -167,6 +218,8 @@ def _are_apart(gold: str, answer: str) -> bool:
         return digits[0] != digits[1]
     if (_RELATION.match(gold) is None) != (_RELATION.match(answer) is None):
         return True  # 5 and "> 5"
+    if (_OPEN_ENDED.search(gold) is None) != (_OPEN_ENDED.search(answer) is None):
+        return True  # 5 and "5 or more"
     halves = [_NOON.search(text) for text in pair]
     if all(halves) and len({half[1].lower() for half in halves if half}) == 2:
         return True  # 3:30 a.m. and 3:30 p.m.
@@ -208,15 +261,51 @@ def _parse_answer(answer: str) -> Parsed:
         answer = re.sub(r"\\?%", "", answer)
     answer = re.sub(r"\\?%", r"\\cdot\\frac{1}{100}", answer)  # antlr 4.9.3 cannot read the sign
     # The whole box or nothing: a number that stands somewhere in it is no answer.
-    parsed = parse(
-        rf"\boxed{{{answer}}}", (_LATEX,), extraction_mode="first_match", parsing_timeout=None
+    boxed = rf"\boxed{{{_with_gamma(answer)}}}"
+    parsed = _settled(
+        parse(boxed, (_LATEX,), extraction_mode="first_match", parsing_timeout=None)
     )
+    if not _is_parsed(parsed) and (tight := _tight(answer)) != answer:
+        return _parse_answer(tight)  # "a - b - c" is none to math-verify, a-b-c is
     if not are_percentages:
         return parsed
     try:
         return [_percentage(part) for part in parsed]
     except Exception:  # sympy's, of any type
         return [part for part in parsed if isinstance(part, str)]
+
+
+def _with_gamma(text: str) -> str:
+    """With a symbol for the letter, which the grammar takes for the gamma function or Euler's."""
+    return re.sub(r"\\gamma(?![A-Za-z])", r"\\varsigma", text)
+
+
+def _settled(parsed: Parsed) -> Parsed:
+    """With one i, the imaginary unit, where math-verify has two symbols by the spaces around it;
+    and with a name for 1/0 (such as 12:00), which in sympy equals 2/0."""
+    return [
+        part
+        if isinstance(part, str)
+        else Symbol(str(parsed[-1]))
+        if part.has(zoo, nan)
+        else _with_unit(part)
+        for part in parsed
+    ]
+
+
+def _with_unit(part: Basic | MatrixBase) -> Basic | MatrixBase:
+    symbols = part.free_symbols
+    if all(s.is_real and s.name != "i" for s in symbols) or part.has(ExprWithLimits):
+        return part  # in a sum, i is an index
+    try:
+        if isinstance(part, Eq):  # a real x = 1 + i would be false at once
+            return Eq(*map(_with_unit, part.args), evaluate=False)
+        if part.has(Eq):
+            return part.func(*map(_with_unit, part.args))
+        names = {s: I if s.name == "i" else Symbol(s.name, real=True) for s in symbols}
+        return part.xreplace(names)
+    except Exception:  # sympy's, of any type: x < i
+        return part
 
 
 def _percentage(part: Basic | MatrixBase | str) -> Basic | MatrixBase | str:

@@ -46,8 +46,8 @@ _GREEK_SIGNS = str.maketrans(
 
 _TEXT = r"\\(?:text(?:rm|bf|it|normal)?|mbox|mathrm|operatorname)\s*"
 _WRAPPERS = re.compile(
-    r"\\(?:boldsymbol|bm|mathbf|mathit|mathsf|mathtt|mathnormal|underline|ensuremath|num"
-    r"|textcolor\{\w*\}|color\{\w*\}|colorbox\{\w*\})\s*\{"
+    r"(?:^|\\(?:boldsymbol|bm|mathbf|mathit|mathsf|mathtt|mathnormal|underline|ensuremath|num"
+    r"|textcolor\{\w*\}|color\{\w*\}|colorbox\{\w*\}))\s*\{"
 )
 _PERCENT = re.compile(
     rf"(?:\\[ ,;!]|~|\s)*(?:{_TEXT}\{{\s*)?"
@@ -74,7 +74,10 @@ _RULES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         (r"\\hspace\s*\{[^{}]*\}|(?<!\\)\\[,;: ]|(?<!\\)~(?!=)|\\q?quad(?![a-z])", " "),
         (r"(?<!\\)\\!", ""),
         (rf"{_TEXT}\{{\s*(-?[0-9][0-9.,/]*)\s*\}}", r"\1"),
-        (rf"{_TEXT}\{{\s*(-?[0-9][0-9.,/]*)\s+([^{{}}]*)\}}", r"\1\\text{ \2}"),
+        (rf"{_TEXT}\{{\s*(-?[0-9][0-9.,/]*)\s+([A-Za-z%(][^{{}}]*)\}}", r"\1\\text{ \2}"),
+        # \text{3, 5}, and 12\text{ to 15} or 12\text{ feet 3} in words are no 3 or 12 with a unit.
+        (rf"{_TEXT}\{{\s*([,;]?)\s*(-?[0-9][^{{}}]*)\}}", r"\1 \2"),
+        (rf"(?<=[0-9])(\s*{_TEXT}\{{[,;\s]*[A-Za-z ]+\s)(-?[0-9][^{{}}]*)\}}", r"\1}\2"),
         (r"\\mathrm\s*\{([eid])\}", r"\1"),
         (r"\\(?:nice|s|flat)frac(?![a-z])|(?<![\\a-z])frac(?=\{)", r"\\frac"),
         (r"\\(?:varnothing)(?![a-z])", r"\\emptyset"),
@@ -87,9 +90,12 @@ _RULES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         # Degrees, whatever the angle; not in the argument of a function, where they mean pi/180.
         (r"\s*(?:\^\s*\{?\s*(?:\\circ|\\degree|o)(?![a-z])\s*\}?|\\degree(?![a-z]))\s*"
          rf"(?:(?:{_TEXT}\{{\s*)?[CF]\}}?)?\s*(?=$|[,;)\]}}])", ""),
-        (rf"(?<=[0-9])\^\s*\{{?\s*{_TEXT}\{{\s*(?:st|nd|rd|th)\s*\}}\s*\}}?$", ""),
+        (rf"(?<=[0-9])\^\s*\{{?\s*(?:{_TEXT}\{{)?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}?$", ""),
         (r"(?<=[0-9])\s+(?:[cmkd]?m|ft|in|yd|mi)\s*\^\s*\{?[23]\}?$", ""),
-        # An answer that is said in words around a number
+        # An answer that is said in words or signs around a number
+        (r"\\equiv(?![a-z])", "="),
+        (r"^\s*=\s*", ""),
+        (r"^(-?[0-9./]+)\s*=\s*([A-Za-z])$", r"\2=\1"),
         (rf"^{_TEXT}\{{\s*(?i:(?:the )?(?:final )?answer(?: is)?)\s*:?\s*\}}\s*(?=\S)", ""),
         (rf"^(?:{_TEXT}\{{\s*)?(?:USD|EUR|GBP|Rs\.?)(?:\s*\}})?\s*(?=[0-9])", ""),
     )
@@ -169,8 +175,9 @@ def _repeating(found: re.Match[str]) -> str:
 
 
 def _unwrapped(answer: str) -> str:
-    r"""Without commands that only dress what they hold: \mathbf{x}, \textcolor{red}{5}."""
-    while found := _WRAPPERS.search(answer):
+    r"""Without commands that only dress what they hold: \mathbf{x}, \textcolor{red}{5}, {(1, 2)}."""
+    start = 0
+    while found := _WRAPPERS.search(answer, start):
         depth, end = 1, found.end()
         for token in re.finditer(r"\\.|[{}]", answer[found.end() :], re.DOTALL):
             depth += {"{": 1, "}": -1}.get(token[0], 0)
@@ -179,6 +186,9 @@ def _unwrapped(answer: str) -> str:
                 break
         if depth:
             return answer
+        if found[0].lstrip().startswith("{") and answer[end + 1 :].strip():
+            start = found.end()  # braces around the first part alone, as in {3 \over 4}{5}
+            continue
         answer = answer[: found.start()] + answer[found.end() : end] + answer[end + 1 :]
     return answer
 

@@ -77,7 +77,26 @@ SAME = [
     ([r"\infty"], ["∞", "infinity", r"+\infty"], [r"-\infty", "5"]),
     ([r"\emptyset"], [r"\varnothing", "∅"], ["0"]),
     ([r"1-\frac{1}{e}"], [r"1 - \frac{1}{\mathrm{e}}"], [r"1+\frac1e", r"1 + \frac{1}{\mathrm{e}}"]),
-    (["2+3i"], [r"2 + 3\mathrm{i}", "3i+2"], ["2-3i", "3+2i"]),
+    (["2+3i", "2+3 i"], [r"2 + 3\mathrm{i}", "3i+2", r"2+3\,i", "z = 2 + 3 i", r"\text{2 + 3i}"], ["2-3i", "2"]),
+    ([r"\frac{1}{1+i}"], [r"\frac{1-i}{2}", "z=(1 - i)/2"], [r"\frac{1+i}{2}"]),
+    (["e^{2 i t}"], ["e^{2it}", "e^{2i t}"], ["e^{2t}", "e^{-2it}"]),
+    ([r"(\gamma^2-1)\sin x"], [r"(\gamma^{2} - 1)\cdot\sin x", r"(γ²-1)\sin(x)"], [r"(\gamma^2-2)\sin x"]),
+    (["1/0"], ["1/0."], ["2/0", "5", "0"]),
+    (["12:00"], ["12:00."], ["1:00", "12:01"]),
+    (["p - q", "p-q"], ["-q+p", "{p - q}"], ["q - p", "p"]),
+    (["a - b - c"], ["a-b-c", "a - c - b"], ["a-b+c"]),
+    (["AB - CD"], ["AB-CD", "BA - DC"], ["CD - AB"]),
+    (["(1,2]", "{(1,2]}"], [r"\mathbf{{(1, 2]}}"], ["(1,2)"]),
+    ([r"\{1,2\}"], ["{1,2}", r"\text{1, 2}", r"1\text{, 2}", r"1\text{ and 2}"], ["1", "2", "{1}{2}"]),
+    (["12"], ["= 12", "12 = x", "12^{th}", r"\textbf{(D) }12", "(D) 12", r"12 \pmod{15}", r"x \equiv 12 \pmod{15}"]
+        + [r"12\ (\text{mod } 15)"],
+        [r"\text{12 to 15}", r"12\text{ to 15}", r"12\text{ remainder 3}", r"\text{12, 15}", r"12\text{, 15}"]
+        + [r"12\text{ or more}", "12 or more", r"\textbf{(D) }13", "12, 13", r"12\text{ feet 3 inches}"]),
+    ([r"\textbf{(D)}\ 12"], ["12", "D", "(D)", r"\textbf{(D) }12"], ["C", "13", r"\textbf{(C) }12"]),
+    ([r"n \equiv 1 \pmod 3"], [r"1 \pmod{3}", r"n\equiv 1\bmod 3"], ["1", r"1 \pmod 4", r"2 \pmod 3"]),
+    (["5,000,000", "5 million", r"\$5 \text{ million}"], [r"5 \times 10^6", r"5{,}000{,}000\text{ dollars}"]
+        + [r"5\text{ million dollars}"], ["5 billion", "5000", "6 million"]),
+    (["5"], ["5 million"], ["6 million"]),
     (["(1, 2)"], [r"\bigl(1,2\bigr)", r"\langle 1, 2\rangle", "(1;2)", "(x,y)=(1,2)"], ["(2,1)", "[1,2]"]),
     (["13, 14"], [r"13 \text{ and } 14", r"13,\quad 14", "13 or 14", r"x=13 \text{ or } x=14"], ["13", "13,15"]),
     (["2,-2"], [r"\pm 2", "±2", r"x=\pm 2", r"\{-2,2\}"], ["2", "-2"]),
@@ -196,6 +215,12 @@ def test_what_is_no_number_is_none(text):
 def test_any_text_has_a_spelling_and_it_is_stable_in_the_excerpt(text):
     assert isinstance(normalise(text), str)
     assert final_answers(shorten(text)) == final_answers(text)
+
+
+def test_a_gold_answer_that_does_not_parse_is_met_by_its_text_in_other_spacing():
+    gold = r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}"
+    assert verdict(gold, boxed(r"\dfrac{1}{3}E_1 + \dfrac{2}{3}E_2")) is RIGHT
+    assert verdict(gold, boxed(r"\frac{1}{3}E_1+\frac{2}{3}E_1")) is Verdict.UNVERIFIABLE
 
 
 def test_a_fraction_that_stands_in_a_box_that_does_not_parse_is_no_answer():
