@@ -124,7 +124,16 @@ def setting_of(trainer: Trainer, module: LightningModule, autocast: bool = True)
         engine=data.engine.dtype,
         cache=str(getattr(data.engine, "kv_cache_dtype", "auto")),
         bos=getattr(getattr(data, "tokenizer", None), "bos_token_id", None),
+        left_out=left_out_by(getattr(getattr(data, "drawer", None), "params", None)),
     )
+
+
+def left_out_by(params: SamplingParams | None) -> str:
+    """The keys by which the run itself truncates what it samples from."""
+    if params is None:
+        return ""
+    set_ = {"top_p": params.top_p < 1, "top_k": params.top_k > 0}
+    return " and ".join(f"datamodule.{k}={getattr(params, k)}" for k, on in set_.items() if on)
 
 
 def probe(
@@ -215,11 +224,13 @@ def of_sampling(
     ):
         kept = truncated(logits / temperature, params).log_softmax(-1)
         kept = kept.gather(1, tokens[:, None])[:, 0]
-        yield Suspect(name, residual(kept, theirs), f"{getattr(params, name):.3g}")
+        near = "" if setting.exact or name == "top_p" else " or so"  # rounding moves the k-th
+        yield Suspect(name, residual(kept, theirs), f"{getattr(params, name):.3g}{near}")
     # What is kept holds all that is likelier than the token, so that its mass is at least theirs.
     probs = (logits / temperature).softmax(-1)
     likelier = probs.where(probs >= probs.gather(1, tokens[:, None]), 0.0).sum(-1)
-    if bool(((lift > -EXACT) & ((-lift).exp() > likelier - EXACT)).all()):
+    slack = EXACT if setting.exact else 2 * setting.size
+    if bool(((lift > -slack) & ((-lift).exp() > likelier - slack)).all()):
         yield Suspect("left_out", math.inf)
 
 

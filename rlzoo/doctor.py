@@ -31,6 +31,7 @@ class Setting(NamedTuple):
     engine: str = "float32"  # dtype that the engine computes in
     cache: str = "auto"  # dtype of the engine's key-value cache; auto: the engine's
     bos: int | None = None  # the tokenizer's begin token
+    left_out: str = ""  # keys by which the run itself leaves tokens out of sampling
 
     @property
     def exact(self) -> bool:
@@ -178,6 +179,11 @@ def likely_cause(
     mean = float(flat.mean()) if len(flat) else 0.0
     if mean <= EXACT:
         return "none: the difference is rounding"
+    if setting is not None and setting.left_out and any(s.name == "left_out" for s in found):
+        return (
+            f"the sampling settings: {setting.left_out} leaves tokens out, as was allowed, and the"
+            " trainer's log-probs are of all tokens"
+        )
     if (explained := borne_out(found, setting or Setting(), temperature)) is not None:
         return explained
     if setting is not None and not setting.exact and mean <= size_of(setting, found):
@@ -243,7 +249,7 @@ def unknown(probe_gap: float | None, setting: Setting | None, found: Sequence[Su
     if any(s.name == "left_out" for s in found):
         return (
             "the sampling settings: the engine leaves tokens out (its log-probs are nowhere below"
-            " the trainer's), by no single top-p or top-k"
+            " the trainer's), by a top-p, a top-k or both"
         )
     if probe_gap is None:
         return (
@@ -300,7 +306,7 @@ def verdict(figures: dict[str, float], cause: str, limit: float) -> str:
     word = "agree" if mean <= EXACT else "differ a little" if mean <= limit else "differ"
     numbers = (
         f"mean {mean:.2g}, p99 {figures['logprob_gap/p99']:.2g}, max"
-        f" {figures['logprob_gap/max']:.2g} nats a token, {100 * figures['logprob_gap/far']:.2g}%"
+        f" {figures['logprob_gap/max']:.2g} nats a token, {100 * figures['logprob_gap/far']:.3g}%"
         f" of tokens over {FAR}"
     )
     mended = mean > EXACT and not cause.startswith(NOT_BY_WEIGHTS)

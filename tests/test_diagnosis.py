@@ -71,6 +71,7 @@ def diagnosed(
     precision: str = "32-true",
     context: Callable[[], AbstractContextManager[None]] = nullcontext,
     bos: int | None = None,
+    asked: SamplingParams | None = None,
 ) -> str:
     """The doctor's line.
 
@@ -79,9 +80,14 @@ def diagnosed(
         temperature: of the trainer's log-probs.
         precision, context: Lightning's name, and what it means.
         bos: the tokenizer's begin token.
+        asked: what the run's own datamodule asks of its engine.
     """
-    tokenizer = SimpleNamespace(bos_token_id=bos)
-    data = SimpleNamespace(engine=engine, train_prompts=prompts(), tokenizer=tokenizer)
+    data = SimpleNamespace(
+        engine=engine,
+        train_prompts=prompts(),
+        tokenizer=SimpleNamespace(bos_token_id=bos),
+        drawer=SimpleNamespace(params=asked),
+    )
     trainer = SimpleNamespace(
         datamodule=data,
         precision=precision,
@@ -154,6 +160,14 @@ def test_log_probs_from_before_the_temperature_are_named(policy):
 def test_tokens_that_the_engine_leaves_out_are_named(policy, params, words):
     told = diagnosed(policy, Planted(policy), params)
     assert words in told and "weight sync" not in told
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_tokens_that_the_run_itself_leaves_out_are_named_by_its_keys(policy, precision):
+    params, context = SamplingParams(0.8, LIMIT, top_k=2), half(torch.bfloat16)
+    context = nullcontext if precision == "32-true" else context
+    told = diagnosed(policy, Planted(policy), params, 0.8, precision, context, asked=params)
+    assert "datamodule.top_k=2 leaves tokens out, as was allowed" in told
 
 
 # --- number formats -----------------------------------------------------------------------------
