@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import (
@@ -78,6 +79,11 @@ def quoted_homes(overrides: Sequence[str]) -> list[str]:
         else HOME.sub(lambda path: f"'{path[0]}'", override)
         for override in overrides
     ]
+
+
+def overrides_given() -> list[str]:
+    """The overrides of the command line; none where Hydra did not start the run."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def check_overrides(

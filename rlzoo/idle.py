@@ -1,15 +1,17 @@
-"""Settings that somebody gave on the command line and that would do nothing in this run.
+"""Settings that somebody gave and that would do nothing in this run.
 
 A default may lie idle: `sampler.*` under `algo=sft`. What was asked for may not, or a study varies
-a number that no run has read. Most is refused; what depends on the machine alone is a warning, so
-that one command serves a laptop and a node of GPUs.
+a number that no run has read. Most of what the command line has is refused; what depends on the
+machine alone is a warning, so that one command serves a laptop and a node of GPUs, and so is what a
+file of conf/experiment has, which may serve several algorithms.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from rlzoo.configuration import overrides_given
 from rlzoo.data.sft import SFTDataModule
 from rlzoo.engines.select import why_not_vllm
 from rlzoo.errors import UserError
@@ -129,31 +132,49 @@ WARNED = [
 ]
 
 
+NEUTRAL = {"algo.rejected": "zero", "algo.reward_scale": "zero_one"}  # these ask for nothing either
+
+
 def check_idle(cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
-    """Refuses, or warns of, settings of the command line that nothing would read.
+    """Refuses, or warns of, settings that nothing would read.
 
     Args:
-        overrides: of the command line; Hydra's own if None, and none where Hydra is not running.
+        overrides: of the command line; Hydra's own if None.
 
     Raises:
-        UserError: there are such; one message for all.
+        UserError: the command line has such; one message for all.
     """
-    if overrides is None:
-        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    problems = [
-        f"{key}={told(value)} would do nothing: {rule.why}"
-        for key, value in given(overrides)
-        if (rule := first(REFUSED, key, cfg))
-    ]
+    found = []
+    for key, value, given in asked(overrides):
+        if rule := first(REFUSED, key, cfg):
+            found.append((key, value, rule.why, given))
+        elif rule := first(WARNED, key, cfg):
+            found.append((key, value, rule.why, False))
+    tell(found)
+
+
+def check_idle_options(algo: Any, overrides: Sequence[str] | None = None) -> None:
+    """The same for the algorithm's own, once it is built and says which are idle."""
+    tell(
+        (key, value, f"{why}.", given and refused)
+        for key, value, given in asked(overrides)
+        for idle, refused in ((algo.idle_options(), True), (algo.idle_on_policy(), False))
+        for name, why in idle.items()
+        if key == name or key.startswith(f"{name}.")
+    )
+
+
+def tell(found: Iterable[tuple[str, Any, str, bool]]) -> None:
+    """Refuses or warns of (key, value, why, whether it is refused)."""
+    problems = []
+    for key, value, why, refused in found:
+        value = value if isinstance(value, str) else shown(value)
+        if refused:
+            problems.append(f"{key}={value} would do nothing: {why} Leave it out.")
+        elif is_first():
+            log.warning("%s=%s does nothing: %s", key, value, why)
     if problems:
         raise UserError("\n".join(problems))
-    for key, value in given(overrides):
-        if is_first() and (rule := first(WARNED, key, cfg)):
-            log.warning("%s=%s does nothing: %s", key, told(value), rule.why)
-
-
-def told(value: Any) -> str:
-    return value if isinstance(value, str) else shown(value)
 
 
 def first(rules: Sequence[Idle], key: str, cfg: DictConfig) -> Idle | None:
@@ -163,18 +184,37 @@ def first(rules: Sequence[Idle], key: str, cfg: DictConfig) -> Idle | None:
     return None
 
 
-def given(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of what was asked for; null, false and 0 ask for nothing."""
-    for text in overrides:
-        override = OverridesParser.create().parse_override(text)
-        if not override.is_delete():
-            yield from leaves(override.key_or_group, override.value())
+def asked(overrides: Sequence[str] | None) -> Iterator[tuple[str, Any, bool]]:
+    """(dotted key, value, whether the command line has it) of what was asked for.
+
+    Null, false and 0 ask for nothing.
+    """
+    here = list(overrides_given() if overrides is None else overrides)
+    parsed = [OverridesParser.create().parse_override(text) for text in here]
+    given = dict(
+        leaf for one in parsed if not one.is_delete() for leaf in leaves(one.key_or_group, one.value())
+    )
+    for key, value in (experiment_settings() | given).items():
+        if value and value != NEUTRAL.get(key):
+            yield key, value, key in given
+
+
+def experiment_settings() -> dict[str, Any]:
+    """What the file of conf/experiment that the run was started with sets, by dotted key."""
+    if not HydraConfig.initialized():
+        return {}
+    runtime = HydraConfig.get().runtime
+    for source in runtime.config_sources:
+        path = Path(source.path) / "experiment" / f"{runtime.choices.get('experiment')}.yaml"
+        if source.schema == "file" and path.is_file():
+            content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+            return dict(leaf for key, value in content.items() for leaf in leaves(key, value))
+    return {}
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from leaves(f"{key}.{name}", inner)
-    elif value:
+    else:
         yield key, value
-

@@ -112,11 +112,6 @@ def check_processes(trainer: DictConfig, sweep: bool) -> None:
     """
     import torch
 
-    counts = ("devices", "num_nodes", "accumulate_grad_batches")
-    for key in counts:
-        value = trainer[key]
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"trainer.{key} must be a whole number, at least 1, got {value!r}.")
     devices, size = trainer.devices, trainer.devices * trainer.num_nodes
     if trainer.accelerator in ("gpu", "cuda") and torch.cuda.device_count() < devices:
         raise UserError(

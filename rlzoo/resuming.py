@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rlzoo.checkpoints import data_state
+from rlzoo.configuration import overrides_given
 from rlzoo.data.fingerprint import of_file
 from rlzoo.data.rollout_files import rollout_files
 from rlzoo.errors import UserError
@@ -108,11 +108,6 @@ def record_of(cfg: DictConfig) -> dict[str, Any]:
         "overrides": overrides_given(),
         "model": model_fingerprint(cfg.model.path),
     }
-
-
-def overrides_given() -> list[str]:
-    """The overrides of the command line; none where Hydra did not start the run."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def model_fingerprint(path: str) -> dict[str, str] | None:

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlzoo.configuration import check_overrides, conf_dir, quoted_homes
 from rlzoo.errors import UserError
 from rlzoo.ranks import check_processes, port_in_use, run_name
+from rlzoo.schema import check_settings
 
 INTERRUPTED = 130  # exit code of a run stopped by Ctrl-C
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -43,8 +44,8 @@ def run(cfg: DictConfig) -> None:
     multirun = hydra_config.mode == RunMode.MULTIRUN
     if multirun:
         cfg.run_dir = hydra_config.runtime.output_dir  # one directory per job of a sweep
-    cfg.run_dir = os.path.expanduser(cfg.run_dir)
-    try:  # before Lightning and transformers load
+    try:  # before anything reads a setting
+        check_settings(cfg)
         check_processes(cfg.trainer, multirun and not is_submitit(hydra_config.launcher._target_))
     except UserError as error:
         fail(str(error))
@@ -62,7 +63,7 @@ def run(cfg: DictConfig) -> None:
         interrupted(cfg)  # Lightning turns Ctrl-C into this
     except Exception as error:
         message = explain(error, cfg)
-        if message is None or cfg.debug:
+        if message is None or cfg.debug is True:
             traceback.print_exc()
         fail(message or f"{type(error).__name__}: {error}")
 

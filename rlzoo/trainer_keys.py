@@ -7,10 +7,15 @@ one has to be given its place here.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from rlzoo.values import AtLeast1, NonNegative, Refused, Says
+from lightning import Trainer
 
+from rlzoo.values import AtLeast1, NonNegative, Refused, Says, fits, refuses
+
+READ = ("strategy", "accelerator", "devices", "num_nodes", "accumulate_grad_batches")  # by rlzoo too
 LIMIT = "It ends a run without closing it: use limits.max_responses, max_updates, max_seconds"
 BOUNDARY = "It does nothing here, for rlzoo validates at boundaries: use val_every"
 ROLLOUTS = "It does nothing here: data.* and datamodule.* say how much is trained on"
@@ -20,7 +25,7 @@ ACTS: dict[str, Any] = {
     "devices": AtLeast1,
     "num_nodes": AtLeast1,
     "precision": Literal[
-        "32-true", "bf16-mixed", "bf16-true", "64-true", 32, "32", 64, "64", "bf16"
+        "32-true", "bf16-mixed", "bf16-true", "64-true", 32, "32", 64, "64", "bf16", None
     ],
     "accumulate_grad_batches": AtLeast1,
     "max_epochs": Annotated[Literal[-1] | AtLeast1, Says("-1 leaves the end to limits.*")],
@@ -41,7 +46,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "gradient_clip_algorithm": ((None, "norm"), "rlzoo clips by the norm of each parameter group"),
     "limit_train_batches": ((None, 1.0), ROLLOUTS),
     "overfit_batches": ((0.0, 0), ROLLOUTS),
-    "limit_val_batches": ((0,), "callbacks.validation validates, at boundaries: use val_every"),
+    "limit_val_batches": ((0, 0.0), "callbacks.validation validates, at boundaries: use val_every"),
     "limit_test_batches": ((None, 1.0), ROLLOUTS),
     "limit_predict_batches": ((None, 1.0), ROLLOUTS),
     "val_check_interval": ((None, 1.0), BOUNDARY),
@@ -67,6 +72,22 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 def fixed(values: tuple[Any, ...], mend: str) -> Any:
     return Annotated[Literal[values] if values else Refused, Says(mend)]
+
+
+def is_trainer(target: Any) -> bool:
+    return isinstance(target, type) and issubclass(target, Trainer)
+
+
+def deleted(node: Mapping[str, Any]) -> list[str]:
+    """Arguments that `trainer` leaves out though rlzoo reads them, or does not run with Lightning's
+    default for them."""
+    defaults = {p.name: p.default for p in inspect.signature(Trainer.__init__).parameters.values()}
+    return [
+        name
+        for name, kind in ARGUMENTS.items()
+        if name not in node
+        and (name in READ or not (refuses(kind) or fits(kind, defaults[name])))
+    ]
 
 
 ARGUMENTS: dict[str, Any] = ACTS | {name: fixed(*rule) for name, rule in FIXED.items()}

@@ -13,7 +13,6 @@ from typing import Any
 import lightning
 import torch
 import transformers
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from lightning import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -30,7 +29,7 @@ from rlzoo.data.sft import SFTDataModule
 from rlzoo.engines.shapes import empty_model, expected_shapes
 from rlzoo.errors import UserError, check_choice
 from rlzoo.export import write as write_policy
-from rlzoo.idle import check_idle
+from rlzoo.idle import check_idle, check_idle_options
 from rlzoo.ledger import Limits
 from rlzoo.models.loading import load_config
 from rlzoo.models.lora import check_lora, lora_settings
@@ -40,7 +39,7 @@ from rlzoo.progress import Bars
 from rlzoo.ranks import cluster_plugins, is_first, log_name
 from rlzoo.resuming import check_changes, nothing_left, reached, record_of, recorded
 from rlzoo.rewards.calling import make_reward
-from rlzoo.run_dir import claim, describe, find_checkpoint, make
+from rlzoo.run_dir import claim, clear, describe, find_checkpoint, make
 from rlzoo.schema import check_settings
 from rlzoo.summary import ended, summarize
 
@@ -94,12 +93,22 @@ def train_in(run_dir: Path, cfg: DictConfig) -> None:
         trainer.fit(parts["algo"], datamodule=data, ckpt_path=path, weights_only=True)
     except Diagnosed:
         bars.print_line("doctor=true: nothing was trained.")
+        leave_as_found(run_dir, cfg, data)
         return
+    except UserError:
+        leave_as_found(run_dir, cfg, data)
+        raise
     finally:
         data.teardown("fit")
     if is_first():
         faults = [callback.fault for callback in callbacks if getattr(callback, "fault", None)]
         finish(cfg, data, bars, faults)
+
+
+def leave_as_found(run_dir: Path, cfg: DictConfig, data: RunDataModule) -> None:
+    """After a start that trained nothing, a new run may begin in its directory."""
+    if is_first() and cfg.ckpt_path is None and data.ledger.updates == 0:
+        clear(run_dir)
 
 
 def is_of(run_dir: Path, checkpoint: Path | None) -> bool:
@@ -275,13 +284,9 @@ def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
     callbacks = [
         instantiate(node, **extra.get(name, {})) for name, node in cfg.callbacks.items() if node
     ]
-    check_parts(algo, datamodule, task_overrides())
+    check_parts(algo, datamodule)
+    check_idle_options(algo)
     return {"algo": algo, "datamodule": datamodule, "callbacks": callbacks}
-
-
-def task_overrides() -> list[str]:
-    """What the command line changed; nothing where no command began the run."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def build_trainer(

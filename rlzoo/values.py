@@ -69,6 +69,11 @@ def misfit(annotation: Any, value: object) -> str | None:
 def fits(annotation: Any, value: object) -> bool:
     if refuses(annotation):
         return False
+    plain, parts = without_says(annotation), typing.get_args(without_says(annotation))
+    if typing.get_origin(plain) is Literal:  # to Python 1, 1.0 and true are one, to Lightning not
+        return any(type(part) is type(value) and part == value for part in parts)
+    if typing.get_origin(plain) in (Union, types.UnionType):
+        return any(fits(part, value) for part in parts)
     adapter = adapter_of(annotation)
     try:
         if adapter is not None:
@@ -81,6 +86,12 @@ def fits(annotation: Any, value: object) -> bool:
 def marks(annotation: Any) -> tuple[Any, ...]:
     """What stands beside the type in an `Annotated`."""
     return typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
+
+
+def without_says(annotation: Any) -> Any:
+    """An annotation less the sentences beside it; one with bounds stays as it is."""
+    alone = marks(annotation) and all(isinstance(mark, Says) for mark in marks(annotation))
+    return typing.get_args(annotation)[0] if alone else annotation
 
 
 def adapter_of(annotation: Any) -> TypeAdapter | None:

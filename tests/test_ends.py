@@ -268,6 +268,13 @@ def test_a_directory_with_any_part_of_a_run_is_not_written_over(tmp_path, name):
         claim(tmp_path, resuming=False)
 
 
+@pytest.mark.parametrize("option", ["doctor=true", "callbacks.checkpoint.monitor=val/nothing"])
+def test_a_start_that_trains_nothing_leaves_its_directory_for_another(tmp_path, option):
+    assert warm.run(tmp_path, option).code == (0 if option == "doctor=true" else 2)
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock", "log.txt"}
+    claim(tmp_path, resuming=False).close()
+
+
 def test_a_checkpoint_is_found_where_the_link_to_the_last_is_not(copy, tmp_path):
     folder = copy / "checkpoints"
     step = (folder / "last.ckpt").resolve()

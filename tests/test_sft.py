@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -205,3 +206,22 @@ def test_a_schedule_that_must_know_its_length_is_refused_without_one():
     endless = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=None)
     with pytest.raises(UserError, match="algo.scheduler.T_max is null.*limits.max_updates"):
         SFT(calm_model, lambda p: torch.optim.SGD(p, lr=1.0), endless)
+
+
+class Endless(Sequence):
+    """Examples that are made as they are asked for, one of them too long."""
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index: int) -> tuple[str, str]:
+        return "1 + 1?", "2 " * (200 if index == 5 else 1)
+
+
+def test_a_corpus_without_end_begins_at_once_and_is_looked_at_as_it_is_drawn():
+    data = data_of(Endless(), max_prompt_tokens=64, max_response_tokens=32)
+    data.setup("fit")
+    assert data.fingerprint()["corpus"]["count"] == 10**9
+    data.batch([data.corpus[i] for i in range(4)])
+    with pytest.raises(UserError, match="solution of .* tokens, over datamodule.max_response_tokens=32"):
+        data.batch([data.corpus[i] for i in range(4, 8)])

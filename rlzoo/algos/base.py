@@ -169,7 +169,7 @@ class PolicyAlgorithm(ScoringModule):
             check_acts("algo.overlong_buffer", self.overlong_buffer, 0.0, why)
 
     def idle_options(self) -> dict[str, str]:
-        """Keys that cannot act as the others stand, with the reason: `rlzoo.preflight` refuses one
+        """Keys that cannot act as the others stand, with the reason: `rlzoo.idle` refuses one
         that the user set, while a default may stand."""
         idle = {}
         if not self.can_reject:

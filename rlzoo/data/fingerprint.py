@@ -37,12 +37,16 @@ def of_prompts(prompts: Iterable[Prompt]) -> dict[str, Any]:
 def of_pairs(corpus: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
     """Digest of supervised examples, in order; of a corpus that is no list, of a sample."""
     count = len(corpus)
-    step = 1 if isinstance(corpus, list) else max(1, count // SAMPLED)
     digest = hashlib.blake2b(digest_size=16)
-    for i in range(0, count, step):
+    for i in range(0, count, stride(corpus)):
         for part in corpus[i]:
             digest.update(as_bytes(part) if isinstance(part, str) else array("q", part).tobytes())
     return {"count": count, "texts": digest.hexdigest()}
+
+
+def stride(corpus: Sequence[Any]) -> int:
+    """Examples from one that is looked at to the next: 1 in a list, which is all there."""
+    return 1 if isinstance(corpus, list) else max(1, len(corpus) // SAMPLED)
 
 
 def of_files(paths: Iterable[Path]) -> list[str]:

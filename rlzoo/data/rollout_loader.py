@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+from rlzoo.errors import UserError
 from rlzoo.types import RolloutBatch, Rollouts
 
 
@@ -36,5 +37,10 @@ class RolloutLoader:
         return self.source.steps_per_epoch * self.source.microbatches_per_step
 
     def __iter__(self) -> Iterator[RolloutBatch]:
+        if not self.source.epoch_in_progress():  # Lightning would ask again, for ever
+            raise UserError(
+                "Nothing planned this epoch's budgets: sampler.callback, or callbacks.sampler, is left"
+                " out. Put it back; rlzoo.callbacks.Replan asks the allocator and does no more."
+            )
         while self.source.epoch_in_progress():
             yield from self.source.prepare(self.source.next_rollouts())

@@ -132,15 +132,20 @@ class SFTDataModule(RunDataModule):
     def fitting(self, pairs: Sequence[Pair], what: str) -> tuple[Sequence[Pair], set[int]]:
         """The examples within the limits of length, and hashes of their prompts' token ids.
 
+        A corpus that is made as it is asked for is sampled, unless examples are to be dropped.
+
         Raises:
             UserError: an empty solution; a longer example, unless it is to be dropped; none left.
         """
         kept, dropped, hashes = [], 0, set()
-        for start in range(0, len(pairs), CHUNK):
-            chunk = [pairs[i] for i in range(start, min(start + CHUNK, len(pairs)))]
+        step = fingerprint.stride(pairs) if self.on_too_long == "error" else 1
+        looked_at = range(0, len(pairs), step)
+        for start in range(0, len(looked_at), CHUNK):
+            indices = looked_at[start : start + CHUNK]
+            chunk = [pairs[i] for i in indices]
             prompts, responses = self.encode(chunk)
-            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start):
-                written = pairs[i][1]
+            for i, pair, prompt, response in zip(indices, chunk, prompts, responses, strict=True):
+                written = pair[1]
                 if not (written.strip() if isinstance(written, str) else written):
                     raise UserError(f"Example {i} of {what} has an empty solution. Leave it out.")
                 reason = self.too_long(len(prompt.token_ids), len(response))
@@ -196,6 +201,10 @@ class SFTDataModule(RunDataModule):
         """The microbatches of an optimizer step, a rank's rows of each; the divisor counts the
         tokens of all microbatches and ranks, so that the gradient is one mean over them."""
         encoded = [self.encode(pairs) for pairs in parts]
+        for prompts, responses in encoded:  # not all of a corpus was looked at
+            for prompt, response in zip(prompts, responses, strict=True):
+                if reason := self.too_long(len(prompt.token_ids), len(response)):
+                    raise UserError(f"An example of the corpus has {reason}. Raise the limit.")
         divisor = float(sum(len(r) for _, responses in encoded for r in responses))
         return [self.collated(*part, divisor, rank, world_size) for part in encoded]
 

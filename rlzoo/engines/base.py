@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rlzoo.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -94,6 +96,11 @@ def weights_checksum(
 
 
 def check_version(engine: Engine, expected_version: int) -> None:
+    if engine.version < 0:
+        raise UserError(
+            "Nothing handed the policy's weights to the engine: callbacks.weight_sync is left out. Put"
+            " it back; it may compare nothing (callbacks.weight_sync.check=never)."
+        )
     if engine.version != expected_version:
         raise RuntimeError(
             f"The engine holds policy version {engine.version}, but version {expected_version} was"
