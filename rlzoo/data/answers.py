@@ -11,6 +11,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+from rlzoo.rewards.boxes import closed_boxes
+
 MOST_PLACES = 4000  # a number is written out with so many digits, at most
 
 _SCIENTIFIC = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
@@ -108,17 +110,15 @@ def plain(value: Any) -> str:
 
 
 def boxed(value: Any) -> str:
-    r"""What the last \boxed{...} of a text holds, inner braces included."""
+    r"""What the last box of a text holds (`\boxed{...}`, `\boxed 5`, `\fbox{...}`), as the
+    verifier finds it in a response."""
     text = text_of(value)
-    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
-    if not starts:
+    boxes = closed_boxes(text)
+    if text.rfind(r"\boxed") >= (boxes[-1].end if boxes else 0):
+        raise BadRow(r"ends in a \boxed{ that is never closed, or holds nothing")
+    if not boxes:
         raise BadRow(r"holds no \boxed{...}")
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[starts[-1] :], flags=re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)  # an escaped brace counts for nothing
-        if depth == 0:
-            return plain(text[starts[-1] : starts[-1] + brace.start()])
-    raise BadRow(r"holds a \boxed{ that is never closed")
+    return plain(boxes[-1].content)
 
 
 def hashes(value: Any) -> str:

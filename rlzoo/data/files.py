@@ -154,6 +154,8 @@ def check_file(file: Path, setting: str, key: str) -> None:
         there = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
         match = difflib.get_close_matches(file.name, there, n=1)
         hint = f" Did you mean {file.parent / match[0]}?" if match else ""
+        if "://" in setting or (not file.suffix and not file.parent.exists()):
+            hint = " If it is the name of a data set on a hub, download its files and name those."
         raise UserError(f"{setting}: there is no such file.{hint} Check data.{key}.")
     if not file.is_file():
         raise UserError(f"{setting}: {file} is no ordinary file. Check data.{key}.")

@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"[-+\d.,/ ]+|-?\\[dt]?frac[\d{} ]+")
 _CLOSING = re.compile(r"final answer is:?\s*(\S.{0,200}?)\.?\s*I hope it is correct", re.IGNORECASE)
 
 
-class _Box(NamedTuple):
+class Box(NamedTuple):
     start: int
     end: int
     content: str
@@ -48,7 +48,7 @@ def final_answers(text: str) -> tuple[str, ...]:
     the last alone is one reading, all of them together the other. Empty boxes count for nothing,
     and nor does one that a truncated response never closed.
     """
-    boxes = _closed_boxes(text)
+    boxes = closed_boxes(text)
     if not boxes:
         return ()
     if closing := list(_CLOSING.finditer(text, boxes[-1].end)):
@@ -72,19 +72,19 @@ def shorten(response: str) -> str:
     alone = rf"\boxed{{{readings[0]}}}"
     if final_answers(alone) == readings:
         return alone
-    boxes = _closed_boxes(response)
+    boxes = closed_boxes(response)
     start = _chain(response, boxes)[-1]
     return response[start : boxes[-1].end + _FAR] if len(readings) > 1 else response[start:]
 
 
-def _closed_boxes(text: str) -> list[_Box]:
+def closed_boxes(text: str) -> list[Box]:
     """Boxes that are closed, hold something, and stand in no other; a nested one speaks for all."""
     opened: list[tuple[re.Match[str], int]] = []  # token, boxes known when it opened
-    boxes: list[_Box] = []
+    boxes: list[Box] = []
     for token in _TOKENS.finditer(text):
         bare = token["bare"] or token["letter"]
         if bare:
-            boxes.append(_Box(token.start(), token.end(), bare))
+            boxes.append(Box(token.start(), token.end(), bare))
         elif token["brace"] or token[0] == "{":
             opened.append((token, len(boxes)))
         elif token[0] == "}" and opened:
@@ -94,11 +94,11 @@ def _closed_boxes(text: str) -> list[_Box]:
                 content = inner[-1].content if inner else text[start.end() : token.start()].strip()
                 del boxes[known:]
                 if content:
-                    boxes.append(_Box(start.start(), token.end(), content))
+                    boxes.append(Box(start.start(), token.end(), content))
     return boxes
 
 
-def _chain(text: str, boxes: list[_Box]) -> tuple[list[str], list[str], int]:
+def _chain(text: str, boxes: list[Box]) -> tuple[list[str], list[str], int]:
     """The parts of the answer that ends in the last box: surely joined, perhaps joined, and where
     the first of these begins."""
     last = boxes[-1]

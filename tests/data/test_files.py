@@ -48,6 +48,12 @@ def test_several_sets_of_shards_are_each_complete(tmp_path: Path) -> None:
         check_shards([tmp_path / name for name in names if name != names[2]], "data.path=x")
 
 
+@pytest.mark.parametrize("path", ["openai/gsm8k", "hf://datasets/openai/gsm8k/main/a.parquet"])
+def test_the_name_of_a_data_set_on_a_hub_is_no_path(path: str) -> None:
+    with pytest.raises(UserError, match="there is no such file. If it is the name of a data set"):
+        data_files(path, "path", "auto")
+
+
 def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("a.jsonl", "b.jsonl"):

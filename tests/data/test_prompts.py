@@ -53,6 +53,8 @@ def source(path: str | None, **options: Any) -> FilePrompts:
         ("boxed", r"so \boxed{1}, no: \boxed{\frac{1}{2}} cm", r"\frac{1}{2}"),
         ("boxed", r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         ("boxed", r"\boxed{a \} b}", r"a \} b"),
+        ("boxed", r"so \boxed{4}, hence \fbox{$5$} apples", "$5$"),  # both stand in MATH
+        ("boxed", r"so it is $\boxed 5$.", "5"),
         ("hashes", "He has 2 #### of them\n#### 1,234,567", "1234567"),
         ("hashes", "#### -3", "-3"),
         ("hashes", "#### (1,2)", "(1,2)"),
@@ -76,6 +78,7 @@ def test_each_answer_format_finds_the_answer(
         ("boxed", "the answer is 3"),
         ("boxed", r"\boxed{\frac{1}{2}"),
         ("boxed", r"\boxed{ }"),
+        ("boxed", r"\boxed{5}, so \boxed{\frac12"),
         ("hashes", "the answer is 3"),
         ("hashes", "it is ####"),
         ("first", []),
