@@ -115,7 +115,10 @@ def check_settings(cfg: DictConfig) -> None:
         if problem is None and holds_nan(found.value):
             problem = f"is {found.value}, which is no value."
         if problem is not None:
-            (problems if found.own else later).setdefault(found.key, problem)
+            if found.own:
+                problems.setdefault(key, problem)
+            else:
+                later.setdefault(found.key, f"{problem.rstrip('.')}: {key} reads it.")
         elif isinstance(found.value, str) and found.value.startswith("~") and is_path(annotation):
             OmegaConf.update(cfg, found.key, expanduser(found.value))
     problems = {**later, **problems}

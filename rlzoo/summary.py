@@ -57,6 +57,11 @@ def summarize(
     own = f"{AVG}{getattr(data, 'val_responses', 0)}"  # another column is of a k that the run had before
     return paragraph(figures, run_dir, picture, own if own in values_of else list(values_of)[-1])
 
+NOTHING_LEARNT = (
+    "Nothing was learnt: every update was skipped, since no response was right, or those of each"
+    " prompt had one reward (accept_rate and degenerate_groups in metrics.csv)."
+)
+
 
 def ended(run_dir: Path, rollout_steps: int) -> bool:
     """Whether all that a run's end writes has been written, for an end after so many steps."""
@@ -80,6 +85,7 @@ def paragraph(figures: dict[str, Any], run_dir: Path, picture: Path, column: str
         f" {figures['updates']:,} updates, in {figures['seconds']:.0f} s; pilots were"
         f" {figures['pilot_share']:.0%} of the responses and {figures['pilot_seconds_share']:.0%} of"
         f" the time, planning {figures['planning_share']:.1%} of it.",
+        *([] if figures["updates"] else [NOTHING_LEARNT]),
         f"Everything is in {run_dir}: look at {picture.name}, read rollouts/ to see what it says"
         + (", and load the policy from policy/." if figures["exported"] else "."),
         f"Next: the same with {tries}, or algo=raft_pp, and compare the two learning.png; or seed=1"

@@ -244,3 +244,24 @@ def test_the_entropy_bonus_has_the_gradient_of_the_mean_entropy():
     expected = torch.cat([parameter.grad.flatten() for parameter in algo.parameters()])
     assert expected.norm() > 1e-3
     assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("grpo", {"clip_high": math.nan}),
+        ("grpo", {"dual_clip": math.nan}),
+        ("grpo", {"temperature": math.nan}),
+        ("grpo", {"max_logprob_gap": math.nan}),
+        ("grpo", {"max_logprob_gap": -1.0}),
+        ("grpo", {"max_skipped_updates": -1}),
+        ("grpo", {"max_response_tokens": 0}),
+        ("iterative_dpo", {"beta": math.nan}),
+        ("ppo", {"critic_lr": math.nan}),
+        ("ppo", {"value_clip": math.nan}),
+    ],
+)
+def test_constructors_take_no_value_that_is_none(name, value):
+    """Also where no configuration has been looked at before."""
+    with pytest.raises(UserError, match=next(iter(value))):
+        build(name, configure=False, **value)

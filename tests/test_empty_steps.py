@@ -3,6 +3,7 @@ algorithm, nothing right, everything right, nothing drawn."""
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -11,6 +12,7 @@ import torch
 from rlzoo.algos import PolicyAlgorithm
 from rlzoo.algos.optimization import clip_limit, skip_reason
 from rlzoo.errors import UserError
+from rlzoo.ledger import Ledger
 from rlzoo.summary import read_metrics
 from rlzoo.types import NoSuchScore, Rollouts
 from tests import warm
@@ -84,6 +86,27 @@ def test_an_update_whose_gradient_is_zero_is_empty():
     """A reward that never differs gives GRPO advantages of 0: Adam's momentum must not move it."""
     assert skip_reason(0.0, 12.0) == skip_reason(1.0, 0.0) == "empty"
     assert skip_reason(1e-30, 12.0) is None
+
+
+def test_an_empty_update_between_two_that_are_not_finite_does_not_keep_the_run_alive():
+    algo = build("raft", max_skipped_updates=1)
+    algo.trainer = SimpleNamespace(datamodule=SimpleNamespace(ledger=Ledger()))
+    assert algo.settle_update({"policy": float("nan")}) == "non_finite"
+    assert algo.settle_update({"policy": 0.0}) == "empty"
+    with pytest.raises(UserError, match="2 updates in a row had a gradient that is not finite"):
+        algo.settle_update({"policy": float("inf")})
+
+
+def test_many_empty_updates_in_a_row_are_said_ever_more_rarely(caplog):
+    """With limits.max_updates alone such a run would go on for ever without a word."""
+    algo = build("raft")
+    algo.trainer = SimpleNamespace(datamodule=SimpleNamespace(ledger=Ledger()))
+    for _ in range(45):
+        algo.settle_update({"policy": 0.0})
+    said = [r.getMessage().split()[0] for r in caplog.records if "nothing to learn" in r.message]
+    assert said == ["10", "20", "40"]
+    algo.settle_update({"policy": 1.0})
+    assert algo.empty_in_a_row == 0
 
 
 def test_on_a_first_step_without_anything_to_train_on_engine_and_trainer_are_compared():
@@ -163,14 +186,17 @@ def skipped(run_dir) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "options",
     [
-        ("algo=raft", *WRONG),  # nothing selected
+        ("algo=raft", *WRONG, "algo.updates=5"),  # nothing selected
         ("algo=grpo", *RIGHT),  # no group with contrast
         ("algo=iterative_dpo", "algo.passes=1", *WRONG),  # no pair
     ],
 )
 def test_a_run_with_nothing_to_learn_ends_and_leaves_the_policy_as_it_was(options, tmp_path):
-    warm.passed(tmp_path, *options)
-    assert skipped(tmp_path) == (0, 4)
+    output = " ".join(warm.passed(tmp_path, *options).split())
+    assert "Nothing was learnt: every update was skipped" in output
+    many = "algo.updates=5" in options
+    assert ("10 updates in a row had nothing to learn from" in output) == many
+    assert skipped(tmp_path) == (0, 10 if many else 4)
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [row["rollout_step"] for row in rows if row["num_rollouts"]] == ["1", "2"]
     assert {row["lr"] for row in rows if row["lr"]} == {"0.0"}  # the schedule stands at its start

@@ -176,7 +176,7 @@ SMALL += ("datamodule.batch_size=4", "datamodule.updates_per_step=2", "lr=1e-3")
     "options, message",
     [
         ((), "limits.max_updates"),
-        (("limits.max_seconds=60",), "limits.max_updates"),
+        (("limits.max_seconds=60",), "algo.scheduler.num_training_steps reads it"),
         (("algo.scheduler=null",), "limits.max_updates or limits.max_seconds"),
         (("limits.max_updates=2", "replay=somewhere"), "replay=somewhere would do nothing"),
         (("limits.max_updates=2", "datamodule.max_response_tokens=5"), "max_response_tokens=5"),
@@ -200,6 +200,13 @@ def test_a_supervised_run_passes_its_warm_up_and_a_resume_is_the_same(tmp_path):
     resumed = read_metrics(tmp_path / "half" / "metrics.csv")
     same = ("updates", "loss", "val/loss", "lr")
     assert [[row[k] for k in same] for row in resumed] == [[row[k] for k in same] for row in rows]
+
+
+def test_a_limit_that_will_be_overshot_is_said(caplog):
+    data_of(PAIRS, updates_per_step=1).check_limits()
+    assert not caplog.text
+    data_of(PAIRS, updates_per_step=50).check_limits()
+    assert "limits.max_updates=1 is no multiple" in caplog.text and "makes 50 updates" in caplog.text
 
 
 def test_a_schedule_that_must_know_its_length_is_refused_without_one():

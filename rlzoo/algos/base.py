@@ -127,7 +127,7 @@ class PolicyAlgorithm(ScoringModule):
         check_choice("algo.reward_scale", self.reward_scale, ("zero_one", "plus_minus_one"))
         check_choice("algo.kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         check_choice("algo.kl_in", self.kl_in, ("loss", "reward"))
-        for key in ("updates", "passes"):
+        for key in ("updates", "passes", "max_response_tokens"):
             check_at_least(f"algo.{key}", getattr(self, key), 1)
         for key in ("kl_coef", "entropy_coef", "overlong_penalty"):
             check_at_least(f"algo.{key}", getattr(self, key), 0)

@@ -37,7 +37,7 @@ class ClippedPolicyAlgorithm(PolicyAlgorithm):
                 f"algo.clip_low must be in (0, 1) or null, got {clip_low}: the ratio is clipped from"
                 " below at 1 - clip_low, which has to stay positive. PPO uses 0.2."
             )
-        if clip_high is not None and clip_high <= 0:
+        if clip_high is not None and not clip_high > 0:
             raise UserError(
                 f"algo.clip_high must be above 0 or null, got {clip_high}. PPO uses 0.2."
             )
@@ -46,7 +46,7 @@ class ClippedPolicyAlgorithm(PolicyAlgorithm):
                 f"algo.dual_clip={dual_clip} would do nothing: {type(self).__name__} has none. Set it"
                 " to null."
             )
-        if dual_clip is not None and dual_clip <= 1:
+        if dual_clip is not None and not dual_clip > 1:
             raise UserError(
                 f"algo.dual_clip must be above 1 or null, got {dual_clip}: it bounds a loss that"
                 " is at least -A at ratio 1. Released code uses 3."

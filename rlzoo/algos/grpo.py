@@ -41,7 +41,7 @@ class GRPO(ClippedPolicyAlgorithm):
     ) -> None:
         super().__init__(policy, optimizer, **shared)
         check_choice("algo.singleton", singleton, ("zero", "reward"))
-        if group_size is not None and group_size < 2:
+        if group_size is not None and not group_size >= 2:
             raise UserError(
                 f"algo.group_size must be at least 2 or null, got {group_size}: a group of one has"
                 " nothing to be compared with."

@@ -60,7 +60,7 @@ class IterativeDPO(PolicyAlgorithm):
                 f" {self.aggregation}: its unit is the pair, and weights that sum to 1 over a"
                 " response are how pairs are counted."
             )
-        if beta <= 0:
+        if not beta > 0:
             raise UserError(f"algo.beta must be above 0, got {beta}. The paper has 0.1.")
         if not 0 <= label_smoothing < 0.5:
             raise UserError(f"algo.label_smoothing must be in [0, 0.5), got {label_smoothing}.")

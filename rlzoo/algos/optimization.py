@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,13 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, check_at_least
 from rlzoo.models.checks import check_placed
 from rlzoo.models.gather import load_whole, whole
 from rlzoo.models.lora import is_adapter, lora_of, whole_weights_of
 from rlzoo.models.precision import float_buffers, put_back
 from rlzoo.rng import derive_seed
 from rlzoo.types import OptimizerFactory, PolicyFactory
+
+log = logging.getLogger(__name__)
+
+MANY_EMPTY = 10  # updates in a row without anything to learn from after which it is said
 
 
 class OptimizationModule(lightning.LightningModule):
@@ -39,6 +44,7 @@ class OptimizationModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         check_schedule(scheduler)
+        check_at_least("algo.max_skipped_updates", max_skipped_updates, 0)
         self.policy_factory, self.optimizer_factory = policy, optimizer
         self.scheduler_factory, self.max_skipped_updates = scheduler, max_skipped_updates
         self.policy: nn.Module | None = None
@@ -46,7 +52,8 @@ class OptimizationModule(lightning.LightningModule):
         self.divisor = 1.0  # of the optimizer step in progress; 0: nothing trains
         self.grad_norms: list[dict[str, float]] = []  # by parameter group, before clipping
         self.skipped: str | None = None  # why the last update was skipped
-        self.skips_in_a_row = 0
+        self.skips_in_a_row = self.empty_in_a_row = 0
+        self.told_of_empty = 0  # of how many in a row was said last
         self.restored_weights: Callable[[], dict[str, Tensor]] | None = None  # of a checkpoint
 
     def configure_model(self) -> None:
@@ -146,7 +153,7 @@ class OptimizationModule(lightning.LightningModule):
         if not self.skipped:
             self.grad_norms.append(norms)
         self.trainer.datamodule.ledger.updated(self.skipped)
-        self.skips_in_a_row = self.skips_in_a_row + 1 if self.skipped == "non_finite" else 0
+        self.count_in_a_row()
         if self.skips_in_a_row > self.max_skipped_updates:
             raise UserError(
                 f"{self.skips_in_a_row} updates in a row had a gradient that is not finite"
@@ -155,6 +162,24 @@ class OptimizationModule(lightning.LightningModule):
                 " reward or a log-prob that is not finite in rollouts/."
             )
         return self.skipped
+
+    def count_in_a_row(self) -> None:
+        """Counts updates of one kind in a row, and says of empty ones that nothing is learnt."""
+        if self.skipped == "empty":
+            self.empty_in_a_row += 1
+        elif self.skipped == "non_finite":
+            self.skips_in_a_row += 1
+        else:
+            self.skips_in_a_row = self.empty_in_a_row = self.told_of_empty = 0
+        if self.empty_in_a_row >= max(MANY_EMPTY, 2 * self.told_of_empty):
+            self.told_of_empty = self.empty_in_a_row
+            log.warning(
+                f"{self.empty_in_a_row} updates in a row had nothing to learn from and were skipped:"
+                " no response was right, or those of each prompt have one reward (accept_rate and"
+                " degenerate_groups in metrics.csv, the texts in rollouts/). Give easier or harder"
+                " questions, or more responses a prompt. Skipped updates count for no"
+                " limits.max_updates, which alone would not end such a run."
+            )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if not self.skipped:

@@ -61,9 +61,9 @@ class PPO(ClippedPolicyAlgorithm):
             if not 0 <= value <= 1:
                 raise UserError(f"algo.{key} must be in [0, 1], got {value}.")
         for key, value in {"critic_lr": critic_lr, "value_coef": value_coef}.items():
-            if value <= 0:
+            if not value > 0:
                 raise UserError(f"algo.{key} must be above 0, got {value}.")
-        if value_clip is not None and value_clip <= 0:
+        if value_clip is not None and not value_clip > 0:
             raise UserError(f"algo.value_clip must be above 0 or null, got {value_clip}.")
         self.critic_kind, self.critic_lr, self.critic_warmup = critic, critic_lr, critic_warmup
         self.gamma, self.lam, self.whiten_advantages = gamma, lam, whiten_advantages

@@ -56,11 +56,13 @@ class ScoringModule(OptimizationModule):
     ) -> None:
         super().__init__(policy, optimizer, scheduler, max_skipped_updates=max_skipped_updates)
         check_at_least("algo.max_tokens_per_microbatch", max_tokens_per_microbatch, 1)
-        if temperature <= 0:
+        if not temperature > 0:
             raise UserError(
                 f"algo.temperature must be above 0, got {temperature}: training needs a"
                 " distribution to take gradients of. Greedy decoding is for evaluation."
             )
+        if not max_logprob_gap > 0:
+            raise UserError(f"algo.max_logprob_gap must be above 0, got {max_logprob_gap}: 0.1 is usual.")
         self.needs_reference, self.temperature = needs_reference, temperature
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.max_logprob_gap, self.pad_token_id = max_logprob_gap, pad_token_id

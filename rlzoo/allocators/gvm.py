@@ -79,9 +79,9 @@ class GVM(OneRound):
         n_min: AtLeast0 = 0,
         n_max: AtLeast1 | None = None,
     ) -> None:
-        if alpha <= 0:
+        if not alpha > 0:
             raise UserError(f"sampler.allocator.alpha must be above 0, got {alpha}.")
-        if beta < 2:
+        if not beta >= 2:
             raise UserError(
                 f"sampler.allocator.beta must be at least 2, got {beta} (arXiv:2505.02391 Eq. 7)."
             )

@@ -158,6 +158,11 @@ class RolloutDataModule(RunDataModule):
                 " (data.max_prompts, on_too_long and on_overlap may leave prompts out)."
             )
         self.drawer.golds_to_try = [*self.train_prompts, *self.val_prompts]
+        if self.trainer is not None and self.endless:
+            log.warning(
+                "No limit ends this run (limits.* are null, trainer.max_epochs is -1): it goes on until"
+                " it is told to stop (SIGTERM, which saves first)."
+            )
 
     def shard(self) -> list[Prompt]:
         """The prompts of the current epoch, in the order they will be drawn."""
@@ -167,6 +172,12 @@ class RolloutDataModule(RunDataModule):
         order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.train_prompts))
         chosen = order[index * self.prompts_per_epoch : (index + 1) * self.prompts_per_epoch]
         return [self.train_prompts[i] for i in chosen]
+
+    @property
+    def endless(self) -> bool:
+        """Whether nothing but a signal would end the run."""
+        limited = any(limit is not None for limit in vars(self.limits).values())
+        return not limited and not self.replay_files and self.trainer.max_epochs in (None, -1)
 
     # --- budgets ----------------------------------------------------------------------------
 

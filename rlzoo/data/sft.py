@@ -97,7 +97,13 @@ class SFTDataModule(RunDataModule):
         self._fingerprint: dict[str, Any] = {}  # computed once
 
     def check_limits(self) -> None:
-        """Raises a UserError where no limit would ever end the run."""
+        """Raises a UserError where no limit would ever end the run; says of one that is overshot."""
+        most, step = self.limits.max_updates, self.updates_per_step
+        if most is not None and most % step:
+            log.warning(
+                f"limits.max_updates={most} is no multiple of datamodule.updates_per_step={step}, and"
+                f" limits are looked at between steps: the run makes {-(-most // step) * step} updates."
+            )
         if self.limits.max_updates is None and self.limits.max_seconds is None:
             raise UserError(
                 "algo=sft draws no responses, so limits.max_responses and limits.max_tokens never end"

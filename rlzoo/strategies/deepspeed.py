@@ -229,6 +229,15 @@ def import_deepspeed(stage: int) -> None:
         root.setLevel(level)
 
 
+last_skip: list[str | None] = [None]  # why the last update was skipped
+
+
+def is_no_false_alarm(record: logging.LogRecord) -> bool:
+    """False for what ZeRO says of an update without anything to learn from, which it takes for one
+    that overflowed."""
+    return last_skip[0] != "empty" or "overflow" not in record.getMessage().lower()
+
+
 def partition_norms(optimizer: Any) -> list[Tensor]:
     """Norm of each parameter group's averaged gradient in stages 1 and 2; collective."""
     if optimizer.cpu_offload:
@@ -276,7 +285,9 @@ def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
                 squares[name_of(part)] += norm**2
         norms = {name: math.sqrt(square) for name, square in squares.items()}
         scales.update({name: min(1.0, limit / (norm + 1e-6)) for name, norm in norms.items()})
-        if module.settle_update(norms):
+        skipped = module.settle_update(norms)
+        last_skip[0] = skipped
+        if skipped:
             parts = [math.inf]
         elif module.frozen_groups:
             parts = list(norms.values())
@@ -290,6 +301,7 @@ def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
         getattr(optimizer, shards)[part].grad.mul_(scales[name_of(part)])
         step(part)
 
+    logging.getLogger("DeepSpeed").addFilter(is_no_false_alarm)
     optimizer.settles_updates = True
     setattr(optimizer, name, settled)
     optimizer._optimizer_step = MethodType(clipped_step, optimizer)

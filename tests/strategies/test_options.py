@@ -1,9 +1,11 @@
 """Settings of a strategy that cannot be, refused before anything is loaded."""
 
+import logging
+
 import pytest
 
 from rlzoo.errors import UserError
-from rlzoo.strategies import DeepSpeed
+from rlzoo.strategies import DeepSpeed, deepspeed
 
 pytestmark = pytest.mark.deepspeed
 
@@ -31,3 +33,11 @@ def test_others_are_passed_on():
 
 def test_stage_1_keeps_its_own_optimizer():
     assert "data_types" not in DeepSpeed(stage=1).config  # or DeepSpeed takes another one
+
+
+@pytest.mark.parametrize("why, heard", [("empty", False), ("non_finite", True), (None, True)])
+def test_zero_raises_no_alarm_of_an_update_without_anything_to_learn_from(why, heard, monkeypatch):
+    monkeypatch.setattr(deepspeed, "last_skip", [why])
+    words = "[deepspeed] OVERFLOW! Skipping step. Gradients are non-finite, weights were not updated."
+    record = logging.LogRecord("DeepSpeed", logging.WARNING, "", 0, words, None, None)
+    assert deepspeed.is_no_false_alarm(record) == heard
