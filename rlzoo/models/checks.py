@@ -21,7 +21,7 @@ from rlzoo.models.logits import backbone_of, transform_of, vocabulary_size
 TOKENS = 16  # of the sequence that is compared
 TOLERANCE = 1e-4  # nats, where log-probs are above -10; grows with the largest one
 HALF_TOLERANCE = 2**-5  # the same in half precision
-ON_CPUS = ("eager", "sdpa", "flex_attention")  # attentions that run anywhere
+ON_CPUS = ("eager", "sdpa")  # attentions that run anywhere
 LOGIT_WORDS = ("logit", "lm_head", "scal", "multipl", "softcap")  # in keys of a configuration
 
 

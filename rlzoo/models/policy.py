@@ -67,6 +67,11 @@ def load_policy(
             " are 0 in it, and the first update makes NaN. Take model.dtype=float32 or"
             " bfloat16; frozen weights under model.lora may be float16."
         )
+    if attention == "flex_attention" and not torch.cuda.is_available():
+        raise UserError(
+            "model.attention=flex_attention has no backward pass on a CPU, so nothing could be"
+            " trained. Take model.attention=sdpa or eager."
+        )
     policy = load_frozen(path, dtype, attention, trust_remote_code, init_from)
     if lora is not None:
         add_lora(policy, lora)

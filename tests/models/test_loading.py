@@ -152,6 +152,11 @@ def test_an_attention_that_a_family_has_not_is_named_by_our_key(folder, tmp_path
     assert "model.attention" not in refusal(folder)
 
 
+def test_an_attention_without_a_backward_pass_here_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "model.attention=flex_attention" in refusal(folder, attention="flex_attention")
+
+
 def test_float16_weights_are_not_trained(folder):
     assert "model.dtype=float16" in refusal(folder, dtype="float16")
 
