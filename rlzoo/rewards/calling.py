@@ -193,6 +193,9 @@ def make_reward(node: DictConfig) -> Any:
 
     A function that asks for three arguments or more besides its keys is the reward; one that asks
     for fewer makes it.
+
+    Raises:
+        UserError: a function that is neither, such as one with another library's arguments.
     """
     target = get_object(node._target_)
     if inspect.isfunction(target) and "_partial_" not in node:
@@ -201,8 +204,15 @@ def make_reward(node: DictConfig) -> Any:
             for name, parameter in inspect.signature(target).parameters.items()
             if parameter.default is parameter.empty and parameter.kind <= parameter.KEYWORD_ONLY
         ]
-        if len(set(needed) - set(node)) >= 3:
+        missing = [name for name in needed if name not in node]
+        if len(missing) >= 3:
             return instantiate(node, _partial_=True)
+        if missing and "_args_" not in node:
+            raise UserError(
+                f"reward=... names the function {node._target_}, which needs {', '.join(missing)}. A"
+                " reward is called with (prompts, texts, truncated), and a function that makes one"
+                " is given the keys of its YAML alone (docs/extending.md)."
+            )
     return instantiate(node)
 
 

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from rlzoo.allocators import GVM, Dynamic
 from rlzoo.callbacks.rollout_log import rollout_figures
@@ -15,7 +16,7 @@ from rlzoo.errors import UserError
 from rlzoo.metrics import PassMetrics
 from rlzoo.models.policy import load_tokenizer
 from rlzoo.rewards.base import Scores, is_right
-from rlzoo.rewards.calling import RewardCaller
+from rlzoo.rewards.calling import RewardCaller, make_reward
 from rlzoo.selection import best_and_worst, correct, mixed_groups, solved_groups, unsolved_groups
 from rlzoo.types import Prompt
 from tests import warm
@@ -208,3 +209,9 @@ def test_golds_without_sense_are_named_at_start_and_counted_by_step(tmp_path):
     with open(tmp_path / "run" / "metrics.csv") as file:
         row = list(csv.DictReader(file))[-1]
     assert 0 < float(row["unverifiable/gold"]) == float(row["unverifiable"])
+
+
+def test_a_function_with_the_arguments_of_another_library_is_refused_by_name():
+    node = OmegaConf.create({"_target_": "tests.rewards.graded.of_another_library"})
+    with pytest.raises(UserError, match=r"of_another_library, which needs prompts, completions\. A"):
+        make_reward(node)
