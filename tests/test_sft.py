@@ -206,7 +206,7 @@ def test_a_limit_that_will_be_overshot_is_said(caplog):
     data_of(PAIRS, updates_per_step=1).check_limits()
     assert not caplog.text
     data_of(PAIRS, updates_per_step=50).check_limits()
-    assert "limits.max_updates=1 is no multiple" in caplog.text and "makes 50 updates" in caplog.text
+    assert "limits.max_updates=1 is no multiple" in caplog.text and "it makes 50 updates" in caplog.text
 
 
 def test_a_schedule_that_must_know_its_length_is_refused_without_one():

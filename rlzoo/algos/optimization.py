@@ -174,7 +174,7 @@ class OptimizationModule(lightning.LightningModule):
         if self.empty_in_a_row >= max(MANY_EMPTY, 2 * self.told_of_empty):
             self.told_of_empty = self.empty_in_a_row
             log.warning(
-                f"{self.empty_in_a_row} updates in a row had nothing to learn from and were skipped:"
+                f"{self.empty_in_a_row} updates in a row had nothing to learn from, so were skipped:"
                 " no response was right, or those of each prompt have one reward (accept_rate and"
                 " degenerate_groups in metrics.csv, the texts in rollouts/). Give easier or harder"
                 " questions, or more responses a prompt. Skipped updates count for no"

@@ -62,7 +62,7 @@ class ScoringModule(OptimizationModule):
                 " distribution to take gradients of. Greedy decoding is for evaluation."
             )
         if not max_logprob_gap > 0:
-            raise UserError(f"algo.max_logprob_gap must be above 0, got {max_logprob_gap}: 0.1 is usual.")
+            raise UserError(f"algo.max_logprob_gap must be above 0, got {max_logprob_gap}.")
         self.needs_reference, self.temperature = needs_reference, temperature
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.max_logprob_gap, self.pad_token_id = max_logprob_gap, pad_token_id

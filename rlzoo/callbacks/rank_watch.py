@@ -47,7 +47,7 @@ class RankWatch(Callback):
     def __init__(self, patience: float = 30.0, stall: Positive = 120.0) -> None:
         check_at_least("callbacks.rank_watch.patience", patience, 5)
         if not stall > 0:
-            raise UserError(f"callbacks.rank_watch.stall must be above 0, got {stall}; it is seconds.")
+            raise UserError(f"callbacks.rank_watch.stall must be above 0 s, got {stall}.")
         self.patience, self.stall = patience, stall
         self.limit = float("inf")  # seconds of standing still after which the run is ended
         self.notice = stall  # seconds of standing still at which it is said next

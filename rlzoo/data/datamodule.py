@@ -160,8 +160,8 @@ class RolloutDataModule(RunDataModule):
         self.drawer.golds_to_try = [*self.train_prompts, *self.val_prompts]
         if self.trainer is not None and self.endless:
             log.warning(
-                "No limit ends this run (limits.* are null, trainer.max_epochs is -1): it goes on until"
-                " it is told to stop (SIGTERM, which saves first)."
+                "No limit ends this run (limits.* are null, trainer.max_epochs is -1): it goes on"
+                " until it is told to stop (SIGTERM, which saves first)."
             )
 
     def shard(self) -> list[Prompt]:

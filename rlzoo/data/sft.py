@@ -101,8 +101,8 @@ class SFTDataModule(RunDataModule):
         most, step = self.limits.max_updates, self.updates_per_step
         if most is not None and most % step:
             log.warning(
-                f"limits.max_updates={most} is no multiple of datamodule.updates_per_step={step}, and"
-                f" limits are looked at between steps: the run makes {-(-most // step) * step} updates."
+                f"limits.max_updates={most} is no multiple of datamodule.updates_per_step={step},"
+                f" and limits are looked at between steps: it makes {-(-most // step) * step} updates."
             )
         if self.limits.max_updates is None and self.limits.max_seconds is None:
             raise UserError(
