@@ -107,11 +107,17 @@ def check_processes(trainer: DictConfig, sweep: bool) -> None:
         sweep: whether this process runs the jobs of a sweep, one after the other.
 
     Raises:
-        UserError: devices that do not exist, a world of another size than the launcher's, a port
+        UserError: no count, devices that do not exist, a world of another size than the launcher's, a port
             in use, or a sweep whose jobs would each start the whole sweep again.
     """
     import torch
 
+    from rlzoo.trainer_keys import ARGUMENTS
+    from rlzoo.values import misfit
+
+    for key in ("devices", "num_nodes"):
+        if (problem := misfit(ARGUMENTS[key], trainer[key])) is not None:
+            raise UserError(f"trainer.{key} {problem}")
     devices, size = trainer.devices, trainer.devices * trainer.num_nodes
     if trainer.accelerator in ("gpu", "cuda") and torch.cuda.device_count() < devices:
         raise UserError(

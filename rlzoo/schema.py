@@ -208,6 +208,7 @@ def of_node(cfg: DictConfig, key: str, problems: dict[str, str]) -> Iterator[tup
             return
         problems |= {f"{key}.{name}": "is missing: it was deleted." for name in deleted(node)}
         signature = Signature(signature.arguments | ARGUMENTS, signature.open)
+    problems |= misplaced(cfg, key, node)
     for name in node:
         if name in HYDRA:
             continue
@@ -222,6 +223,24 @@ def of_node(cfg: DictConfig, key: str, problems: dict[str, str]) -> Iterator[tup
             yield f"{key}.{name}", bounded
         if isinstance(node._get_node(name), DictConfig) and is_node(node[name]):
             yield from of_node(cfg, f"{key}.{name}", problems)
+
+
+def misplaced(cfg: DictConfig, key: str, node: DictConfig) -> dict[str, str]:
+    """What a node says of when it is built, or of where a run's files go, that the run cannot keep."""
+    problems = {}
+    if key in ONE or key.rpartition(".")[0] in NAMED:  # what stands in such a node may come later
+        if key != "model" and node.get("_partial_"):
+            problems[f"{key}._partial_"] = f"must be left out: {key} is built when the run starts."
+        if node.get("_recursive_") is False:
+            problems[f"{key}._recursive_"] = "must be left out: what stands in a node is built too."
+    if key == "model" and not node.get("_partial_"):
+        problems["model._partial_"] = "must be true: the policy is built where it can be sharded."
+    own = str(node["_target_"]).startswith("rlzoo.") and "run_dir" in node
+    if own and OmegaConf.select(cfg, f"{key}.run_dir") != cfg.get("run_dir"):
+        problems[f"{key}.run_dir"] = (
+            "must follow run_dir, where resumes, plots and the summary look for it. Set run_dir."
+        )
+    return problems
 
 
 def value_at(

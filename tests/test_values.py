@@ -148,6 +148,12 @@ def split(overrides: str) -> list[str]:
 
 
 MISFITS = {
+    "+engine._partial_=true": "engine._partial_ must be left out",
+    "+callbacks.export._partial_=true": "callbacks.export._partial_ must be left out",
+    "+algo._recursive_=false": "algo._recursive_ must be left out",
+    "~model._partial_": "model._partial_ must be true",
+    "callbacks.checkpoint.run_dir=elsewhere": "callbacks.checkpoint.run_dir must follow run_dir",
+    "logger.csv.run_dir=elsewhere": "logger.csv.run_dir must follow run_dir",
     "+foo=1": "foo is no setting that anything reads",
     "+sed=1": "Did you mean seed?",
     "+limits.max_response=1": "Did you mean limits.max_responses?",
