@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from annotated_types import Ge, Gt
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf

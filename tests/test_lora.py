@@ -9,7 +9,6 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel

@@ -12,7 +12,6 @@ import io
 import json
 import signal
 import tempfile
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
