@@ -246,8 +246,8 @@ def lengths_of_run(folder: Path, options: tuple[str, ...]) -> dict[str, float]:
 
 def seconds_of(row: dict[str, str], phase: str) -> float:
     """Of a row of metrics.csv, spent in one of PHASES."""
-    times = {name.removeprefix("time/"): text for name, text in row.items() if text}
-    return sum(float(text) for name, text in times.items() if phase_of(name) == phase)
+    times = {name.removeprefix("time/"): t for name, t in row.items() if name.startswith("time/")}
+    return sum(float(text) for name, text in times.items() if text and phase_of(name) == phase)
 
 
 # --- one strategy -------------------------------------------------------------------------------
