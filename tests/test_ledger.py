@@ -2,6 +2,7 @@ import time
 
 import pytest
 
+from rlzoo.bench.resume import seconds_of
 from rlzoo.errors import UserError
 from rlzoo.ledger import Ledger, Limits
 from rlzoo.rng import STREAMS, response_seed, uniforms
@@ -109,3 +110,8 @@ def test_no_two_draws_share_their_noise():
 def test_the_noise_of_a_response_does_not_depend_on_how_much_is_drawn():
     assert uniforms(7, 100)[:10].tolist() == uniforms(7, 10).tolist()
     assert uniforms(7, 10).tolist() != uniforms(8, 10).tolist()
+
+
+def test_the_resume_bench_adds_up_seconds_and_no_counts():
+    row = {"time/planning": "0.5", "time/sampling/pilot": "0.25", "tokens/pilot": "735", "time/x": ""}
+    assert seconds_of(row, "planning") == 0.75

@@ -109,6 +109,10 @@ class IterativeDPO(PolicyAlgorithm):
             nll = -(batch.weights[0::2] * logprobs[0::2]).sum()
             loss_sum = loss_sum + 2 * self.nll_coef * nll
         with torch.no_grad():
-            values = (chosen > rejected, self.beta * (chosen - rejected), chosen, rejected)
-            sums = [(pair_weights * value).sum() for value in values]
+            sums = [
+                (pair_weights * (chosen > rejected)).sum(),
+                (pair_weights * self.beta * (chosen - rejected)).sum(),
+                (pair_weights * chosen).sum(),
+                (pair_weights * rejected).sum(),
+            ]
         return LossOutput(loss_sum, dict(zip(METRICS, sums, strict=True)))
