@@ -120,7 +120,6 @@ class RolloutDataModule(RunDataModule):
         check_choice("datamodule.on_overlap", on_overlap, ON_OVERLAP)
         self.on_overlap = on_overlap
         self.val_responses = val_responses
-        check_length(limits_of(tokenizer), max_prompt_tokens, max_response_tokens)
         check_truncation(top_p, top_k, allow_truncated_sampling)
         params = SamplingParams(temperature, max_response_tokens, top_p, top_k)
         self.drawer = Drawer(engine, reward, tokenizer, params, self.ledger, bars, seed)
@@ -148,7 +147,11 @@ class RolloutDataModule(RunDataModule):
             self.source.load(split), self.tokenizer, self.max_prompt_tokens, self.on_too_long
         )
         self.train_prompts, self.val_prompts = encode("train"), encode("val")
-        check_prompts(limits_of(self.tokenizer), [*self.train_prompts, *self.val_prompts])
+        prompts, limits = [*self.train_prompts, *self.val_prompts], limits_of(self.tokenizer)
+        check_prompts(limits, prompts)
+        longest = max(len(prompt.token_ids) for prompt in prompts)  # those that are really there
+        limit = self.drawer.params.max_response_tokens
+        check_length(limits, self.max_prompt_tokens, limit, longest)
         self.train_prompts = apart(self.train_prompts, self.val_prompts, self.on_overlap)
         check_alike(self.train_prompts, self.val_prompts)
         if len(self.train_prompts) < self.prompts_per_epoch:

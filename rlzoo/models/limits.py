@@ -113,12 +113,19 @@ def set_limits(
     return limits
 
 
-def check_length(limits: TokenLimits, max_prompt_tokens: int, max_response_tokens: int) -> None:
-    """Raises a UserError unless the longest prompt and response have positions in the model."""
-    asked = max_prompt_tokens + max_response_tokens
+def check_length(
+    limits: TokenLimits, max_prompt_tokens: int, max_response_tokens: int, longest: int | None = None
+) -> None:
+    """Raises a UserError unless the longest prompt and response have positions in the model.
+
+    Args:
+        longest: tokens of the longest prompt that there is; the limit's if absent.
+    """
+    asked = (max_prompt_tokens if longest is None else longest) + max_response_tokens
+    there = "" if longest is None else f" (the longest prompt has {longest})"
     if limits.longest is not None and asked > limits.longest:
         raise UserError(
-            f"datamodule.max_prompt_tokens={max_prompt_tokens} plus"
+            f"datamodule.max_prompt_tokens={max_prompt_tokens}{there} plus"
             f" datamodule.max_response_tokens={max_response_tokens} is {asked}, but"
             f" {limits.path} takes sequences of at most {limits.longest} tokens. Lower one of the"
             " two. (It says so in its config.json: rope_scaling there extends rotary positions; beyond"
