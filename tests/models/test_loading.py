@@ -60,7 +60,8 @@ def test_a_head_that_no_file_has_is_not_made_up(folder):
 def test_a_tied_head_is_not_missing(folder):
     change(folder, lm_head__weight=None)
     configure(folder, tie_word_embeddings=True)
-    load_policy(str(folder))
+    policy = load_policy(str(folder))
+    assert policy.lm_head.weight is policy.model.embed_tokens.weight
 
 
 def test_a_head_of_its_own_in_a_tied_model_is_refused(folder):
@@ -75,7 +76,8 @@ def test_a_head_of_its_own_in_a_tied_model_is_refused(folder):
 def test_buffers_of_old_checkpoints_are_not_left_over(folder):
     rotary = "model__layers__0__self_attn__rotary_emb__"
     change(folder, **{f"{rotary}{name}": torch.zeros(4) for name in ("inv_freq", "cos_cached")})
-    load_policy(str(folder))
+    head = load_policy(str(folder)).lm_head.weight
+    assert torch.equal(head, load_file(folder / WEIGHTS)["lm_head.weight"])
 
 
 def test_a_reward_models_weights_are_named(folder):
@@ -201,7 +203,8 @@ def test_end_tokens_are_the_tokenizers_and_the_generation_configs(folder, found,
 
 def test_a_home_directory_is_found(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
-    load_policy("~/model", init_from="~/model")
+    head = load_policy("~/model", init_from="~/model").lm_head.weight
+    assert torch.equal(head, load_file(folder / WEIGHTS)["lm_head.weight"])
 
 
 # --- init_from ------------------------------------------------------------------------------------
