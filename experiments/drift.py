@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from rlzoo.data.rollout_files import read_rollouts
 from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.transformers import TransformersEngine
-from rlzoo.logprobs import response_scores
-from rlzoo.microbatching import Plan, collate
+from rlzoo.learning.microbatching import Plan, collate
+from rlzoo.models.logprobs import response_scores
 from rlzoo.models.policy import eos_token_ids, load_policy, load_tokenizer
 from rlzoo.rng import response_seed
 from rlzoo.types import Rollouts

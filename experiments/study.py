@@ -28,10 +28,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
-
 from drift import drift_along, entropy_and_kl_to_start  # noqa: E402
 
-from rlzoo.columns import AVG, PASS, validated_ks  # noqa: E402
+from rlzoo.report.columns import AVG, PASS, validated_ks  # noqa: E402
 
 Job = tuple[str, int]  # variant, seed
 SPENT = ("responses", "tokens", "updates", "seconds", "planning_share", "pilot_share")

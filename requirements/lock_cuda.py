@@ -17,7 +17,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LOCK = FOLDER / "cuda.txt"
-HEAD = "# Made by make lock-cuda from requirements/cuda.in: complete, so install it with --no-deps.\n"
+HEAD = (
+    "# Made by make lock-cuda from requirements/cuda.in: complete, so install it with --no-deps.\n"
+)
 
 
 def resolved(requirements: Path) -> dict[str, str]:
@@ -37,8 +39,12 @@ def resolved(requirements: Path) -> dict[str, str]:
         )
         installs = json.loads(report.read_text())["install"]
     found = {item["metadata"]["name"]: item["metadata"]["version"] for item in installs}
-    sources = [i["metadata"]["name"] for i in installs if not i["download_info"]["url"].endswith("whl")]
-    print(f"{requirements.name}: {len(found)} packages, from source: {', '.join(sources) or 'none'}")
+    sources = [
+        i["metadata"]["name"] for i in installs if not i["download_info"]["url"].endswith("whl")
+    ]
+    print(
+        f"{requirements.name}: {len(found)} packages, from source: {', '.join(sources) or 'none'}"
+    )
     found.pop("rlzoo", None)
     return found
 
@@ -52,7 +58,9 @@ def main(argv: list[str]) -> None:
     again = resolved(LOCK)
     if again != dict(pins):
         wrong = set(again.items()) ^ set(map(tuple, pins))
-        sys.exit(f"{LOCK} does not resolve to itself: {sorted(wrong)}. Make it anew: make lock-cuda.")
+        sys.exit(
+            f"{LOCK} does not resolve to itself: {sorted(wrong)}. Make it anew: make lock-cuda."
+        )
     print(f"{LOCK.name} is complete: {len(again)} packages resolve to themselves.")
 
 

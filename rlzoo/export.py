@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlzoo.checkpoints import data_state, kind_of, policy_weights, read_state
 from rlzoo.errors import UserError
+from rlzoo.models.checkpoints import data_state, kind_of, policy_weights, read_state
 from rlzoo.models.finite import not_finite
 from rlzoo.models.loading import load_config
 from rlzoo.models.policy import load_tokenizer, model_directory
@@ -49,7 +49,7 @@ def export(checkpoint: Path, out: Path, model: str | None = None) -> None:
     needed of the machine that trained.
 
     Args:
-        checkpoint: see `rlzoo.checkpoints`.
+        checkpoint: see `rlzoo.models.checkpoints`.
         out: a directory that is not there yet, or is empty.
         model: directory or hub name of the model it was trained from.
 

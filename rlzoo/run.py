@@ -16,10 +16,10 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlzoo.configuration import check_overrides, conf_dir, quoted_homes
 from rlzoo.errors import UserError
-from rlzoo.ranks import check_processes, port_in_use, run_name
-from rlzoo.schema import check_settings
+from rlzoo.launch.configuration import check_overrides, conf_dir, quoted_homes
+from rlzoo.launch.processes import check_processes, port_in_use, run_name
+from rlzoo.launch.schema import check_settings
 
 INTERRUPTED = 130  # exit code of a run stopped by Ctrl-C
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -50,7 +50,7 @@ def run(cfg: DictConfig) -> None:
     except UserError as error:
         fail(str(error))
     from rlzoo.callbacks.preemption import Preempted
-    from rlzoo.training import train
+    from rlzoo.launch.training import train
 
     try:
         train(cfg)
@@ -88,7 +88,9 @@ def explain(error: BaseException, cfg: DictConfig) -> str | None:
             return port_in_use(os.environ.get("MASTER_PORT", "that was chosen"))
         if type(cause).__name__ == "MisconfigurationException":
             return f"Lightning cannot run this: {one_line(str(cause))}"
-        if "unexpected keyword argument" in str(cause) and isinstance(error, InstantiationException):
+        if "unexpected keyword argument" in str(cause) and isinstance(
+            error, InstantiationException
+        ):
             return f"A key that its class does not take: {one_line(str(error))}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, (InstantiationException, OmegaConfBaseException)):

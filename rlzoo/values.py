@@ -1,7 +1,7 @@
 """What a setting may hold: types with bounds for signatures, and what to say of another value.
 
 A class of rlzoo's that takes settings says in its `__init__` what each may be, with the names
-below; `rlzoo.schema` compares a configuration with that before anything is built.
+below; `rlzoo.launch.schema` compares a configuration with that before anything is built.
 """
 
 from __future__ import annotations

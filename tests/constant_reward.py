@@ -16,7 +16,9 @@ class Constant:
         count = len(texts)
         on_progress(count)
         verdict = Verdict.RIGHT if self.value else Verdict.WRONG
-        return Scores(torch.full((count,), self.value), torch.full((count,), verdict).to(torch.int8))
+        return Scores(
+            torch.full((count,), self.value), torch.full((count,), verdict).to(torch.int8)
+        )
 
     def close(self) -> None:
         pass

@@ -3,8 +3,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlzoo.advantages import generalized_advantages, group_advantages, group_stats, split_groups
-from rlzoo.selection import correct, mixed_groups
+from rlzoo.learning.advantages import (
+    generalized_advantages,
+    group_advantages,
+    group_stats,
+    split_groups,
+)
+from rlzoo.learning.selection import correct, mixed_groups
 
 
 def advantages(*rewards: float, **options: object) -> list[float]:

@@ -18,7 +18,9 @@ def step(*groups: list[float], seed: int = 0) -> Rollouts:
     """Rollouts with these rewards by group; each one's engine log-probs are its own index."""
     rollouts = recorded_rollouts(tuple(map(len, groups)), seed)
     rollouts.rewards = torch.tensor([reward for group in groups for reward in group])
-    rollouts.sampler_logprobs = [torch.full_like(x, i) for i, x in enumerate(rollouts.sampler_logprobs)]
+    rollouts.sampler_logprobs = [
+        torch.full_like(x, i) for i, x in enumerate(rollouts.sampler_logprobs)
+    ]
     return rollouts
 
 
@@ -118,7 +120,9 @@ def test_kl_in_the_reward_lowers_it_by_the_kl_of_the_whole_response():
     rollouts = step(ONE_OF_FOUR)
     prepared(algo, rollouts)
     scores = rollouts.scores
-    kl = [(o - r).sum() for o, r in zip(scores["old_logprobs"], scores["ref_logprobs"], strict=True)]
+    kl = [
+        (o - r).sum() for o, r in zip(scores["old_logprobs"], scores["ref_logprobs"], strict=True)
+    ]
     assert max(map(abs, kl)) > 0.1
     expected = rollouts.rewards - 0.5 * torch.stack(kl)
     torch.testing.assert_close(algo.shape_rewards(rollouts), expected)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rlzoo.bench import balance as bench
 from rlzoo.data.shares import Piece
 from rlzoo.errors import UserError
-from rlzoo.microbatching import balance, balance_ranks
+from rlzoo.learning.microbatching import balance, balance_ranks
 
 COSTS = st.lists(st.integers(1, 500), max_size=60)
 
@@ -68,7 +68,11 @@ def test_no_rank_has_a_tenth_more_tokens_than_the_mean_even_with_two_rollouts_a_
     assert 1 <= found["slowest_over_mean"] <= found["optimizer_step_slowest_over_mean"] <= 1.1
     assert 1 <= found["sampling_expected_slowest_over_mean"] <= 1.05
     assert found["sampling_slowest_over_mean"] < 2
-    for line in ("tail                 4        4", "lognormal  shipped", "tail       whole groups"):
+    for line in (
+        "tail                 4        4",
+        "lognormal  shipped",
+        "tail       whole groups",
+    ):
         assert line in output
 
 

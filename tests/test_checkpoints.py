@@ -6,8 +6,8 @@ import pytest
 
 from rlzoo.callbacks import Checkpoint
 from rlzoo.callbacks.checkpoint import point
-from rlzoo.checkpoints import kind_of, read_state, saved_by
 from rlzoo.errors import UserError
+from rlzoo.models.checkpoints import kind_of, read_state, saved_by
 
 
 def boundary(checkpoint: Checkpoint, step: int, score: float | None, folder: bool = False) -> None:

@@ -14,10 +14,10 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
-import rlzoo.trackers
-from rlzoo.configuration import conf_dir
-from rlzoo.progress import Bars
-from rlzoo.training import build, build_trainer
+import rlzoo.report.trackers
+from rlzoo.launch.configuration import conf_dir
+from rlzoo.launch.training import build, build_trainer
+from rlzoo.report.progress import Bars
 from tests.conftest import make_tiny_model
 
 GROUPS = sorted(p for p in conf_dir().iterdir() if p.is_dir())
@@ -45,7 +45,7 @@ def compose(*overrides: str) -> DictConfig:
 def test_every_choice_builds_a_whole_run(choice, tmp_path, monkeypatch):
     group, name = choice.split("/")
     if name in ("wandb", "mlflow"):  # imported when their runs begin
-        monkeypatch.setattr(rlzoo.trackers, "find_spec", lambda name: name)
+        monkeypatch.setattr(rlzoo.report.trackers, "find_spec", lambda name: name)
     overrides = [f"{group}={name}", f"run_dir={tmp_path}", *NEEDS.get(choice, [])]
     if group == "data" and name != "arithmetic":
         rows = [{"question": f"1 + {i}?", "answer": f"#### {1 + i}"} for i in range(64)]

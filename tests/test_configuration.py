@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import rlzoo.configuration
-from rlzoo.configuration import check_overrides, conf_dir, near_matches, quoted_homes
+import rlzoo.launch.configuration
 from rlzoo.errors import UserError
+from rlzoo.launch.configuration import check_overrides, conf_dir, near_matches, quoted_homes
 
 FILES = {
     "train.yaml": "defaults: [{algo: grpo}, {sampler: gvm}, {experiment: null}, _self_]\nseed: 0\n",
@@ -88,7 +88,15 @@ def test_a_command_line_with_flags_is_left_to_hydra(conf: Path) -> None:
 
 
 def test_a_path_of_the_home_folder_is_quoted_for_hydra(conf: Path) -> None:
-    given = ["run_dir=~/x", "a=[~/b,c]", "a=~me/b,~/c", "~limits", "a='~/b'", "--config-dir=~/c", "a=b~c"]
+    given = [
+        "run_dir=~/x",
+        "a=[~/b,c]",
+        "a=~me/b,~/c",
+        "~limits",
+        "a='~/b'",
+        "--config-dir=~/c",
+        "a=b~c",
+    ]
     quoted = ["run_dir='~/x'", "a=['~/b',c]", "a='~me/b','~/c'", "~limits", "a='~/b'"]
     assert quoted_homes(given) == [*quoted, "--config-dir=~/c", "a=b~c"]
     check_overrides(["+run_dir=~/x"], config_dir=conf)
@@ -106,7 +114,7 @@ def test_the_packages_own_conf_is_found_before_one_beside_it(
 ) -> None:
     package = tmp_path / "site" / "rlzoo"
     package.mkdir(parents=True)
-    monkeypatch.setattr(rlzoo.configuration, "__file__", str(package / "configuration.py"))
+    monkeypatch.setattr(rlzoo.launch.configuration, "__file__", str(package / "configuration.py"))
     with pytest.raises(UserError, match="installation of rlzoo is incomplete"):
         conf_dir()
     beside, inside = tmp_path / "site" / "conf", package / "conf"

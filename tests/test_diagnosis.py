@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from rlzoo.data.arithmetic import ArithmeticPrompts
 from rlzoo.data.templates import PromptTemplate
-from rlzoo.diagnosis import logits_of, probe, setting_of, suspects
-from rlzoo.doctor import Evidence, gap_figures, verdict
+from rlzoo.diagnosis.causes import Evidence, gap_figures, verdict
+from rlzoo.diagnosis.suspects import logits_of, probe, setting_of, suspects
 from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.models.lora import add_lora, whole_weights_of
@@ -47,7 +47,9 @@ class Planted(TransformersEngine):
         self.reported: Callable[[Tensor], Tensor] = lambda logprobs: logprobs
 
     def draw(self, params: SamplingParams) -> Rollouts:
-        asked = [Request(self.other_prompt(p.token_ids), (i, i + 99)) for i, p in enumerate(prompts())]
+        asked = [
+            Request(self.other_prompt(p.token_ids), (i, i + 99)) for i, p in enumerate(prompts())
+        ]
         drawn = [r for group in self.generate(asked, params, 0) for r in group]
         count = len(drawn)
         return Rollouts(
@@ -108,7 +110,6 @@ def diagnosed(
     found = suspects(policy, rollouts, temperature, setting, context)
     cause = evidence.cause(gaps, found, temperature)
     return verdict(gap_figures(torch.cat(gaps)), cause, 0.1)
-
 
 
 def fresh(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -212,8 +213,9 @@ def test_a_quantised_cache_is_named_before_anything_else(policy):
     engine.kv_cache_dtype = "fp8"
     torch.manual_seed(0)
     engine.reported = lambda x: x + 0.02 * torch.randn_like(x)
-    assert "precision: the trainer computes in float32, the engine in float32 with a cache of fp8" in (
-        diagnosed(policy, engine)
+    assert (
+        "precision: the trainer computes in float32, the engine in float32 with a cache of fp8"
+        in (diagnosed(policy, engine))
     )
 
 
@@ -269,7 +271,11 @@ def test_dropout_is_named_and_no_weight_sync():
         ("engine", lambda x: 0.8 * x, "the engine's are the trainer's divided by 1.25"),
         ("trainer", lambda x: 0.8 * x, "the engine's are the trainer's divided by 0.8"),
         ("engine", lambda x: 8 * (x / 8).tanh(), "the engine caps them at 8"),
-        ("trainer", lambda x: 8 * (x / 8).tanh(), "the forward pass: engine and trainer hold equal"),
+        (
+            "trainer",
+            lambda x: 8 * (x / 8).tanh(),
+            "the forward pass: engine and trainer hold equal",
+        ),
     ],
 )
 def test_logits_that_one_side_scales_or_caps_are_named(side, change, words):
@@ -288,7 +294,9 @@ def test_logits_that_one_side_scales_or_caps_are_named(side, change, words):
 def test_log_probs_of_the_token_beside_are_named(policy, by, word):
     engine = Planted(policy)
     engine.reported = lambda logprobs: logprobs.roll(by)
-    assert f"a shift: the engine's log-probs stand one token too {word}" in diagnosed(policy, engine)
+    assert f"a shift: the engine's log-probs stand one token too {word}" in diagnosed(
+        policy, engine
+    )
 
 
 @pytest.mark.parametrize(

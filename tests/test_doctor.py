@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlzoo.doctor import gap_figures, likely_cause, verdict
+from rlzoo.diagnosis.causes import gap_figures, likely_cause, verdict
 from rlzoo.engines.base import weights_checksum
 from rlzoo.engines.probe import HALF_GAP
 
@@ -37,8 +37,12 @@ def test_the_verdict_has_the_figures_and_a_mend_only_where_something_is_wrong():
     figures = gap_figures(torch.tensor([0.0, 0.0, 0.0, 0.4]))
     assert figures["logprob_gap/mean"] == pytest.approx(0.1)
     assert figures["logprob_gap/far"] == 0.25
-    assert "tis_cap" in verdict(figures, "a cause", 1.0) and "a cause" in verdict(figures, "a cause", 1.0)
-    assert verdict(gap_figures(torch.zeros(4)), "a cause", 1.0).startswith("Engine and trainer agree")
+    assert "tis_cap" in verdict(figures, "a cause", 1.0) and "a cause" in verdict(
+        figures, "a cause", 1.0
+    )
+    assert verdict(gap_figures(torch.zeros(4)), "a cause", 1.0).startswith(
+        "Engine and trainer agree"
+    )
     assert gap_figures(torch.zeros(0)) == {}
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from rlzoo.algos import PolicyAlgorithm
-from rlzoo.algos.optimization import clip_limit, skip_reason
 from rlzoo.errors import UserError
-from rlzoo.ledger import Ledger
-from rlzoo.summary import read_metrics
+from rlzoo.launch.summary import read_metrics
+from rlzoo.learning.optimization import clip_limit, skip_reason
+from rlzoo.report.ledger import Ledger
 from rlzoo.types import NoSuchScore, Rollouts
 from tests import warm
 from tests.recorded import recorded_rollouts
@@ -118,7 +118,9 @@ def test_on_a_first_step_without_anything_to_train_on_engine_and_trainer_are_com
         prepared(algo, rollouts)
 
 
-@pytest.mark.parametrize("value, limit", [(1.5, 1.5), (0, torch.inf), (None, torch.inf), (-1, torch.inf)])
+@pytest.mark.parametrize(
+    "value, limit", [(1.5, 1.5), (0, torch.inf), (None, torch.inf), (-1, torch.inf)]
+)
 def test_gradients_are_clipped_by_a_limit_above_zero_alone(value, limit):
     assert clip_limit(value) == limit
 
@@ -148,7 +150,9 @@ class Taught(type(build("raft", configure=False))):
     def policy_loss(self, logprobs, batch):
         loss_sum, metrics = super().policy_loss(logprobs, batch)
         apart = (batch.weights * (logprobs - batch.teacher_logprobs)).sum()
-        return type(super().policy_loss(logprobs, batch))(loss_sum + apart, metrics | {"apart": apart})
+        return type(super().policy_loss(logprobs, batch))(
+            loss_sum + apart, metrics | {"apart": apart}
+        )
 
 
 def test_a_loss_may_bring_a_score_of_its_own():
@@ -156,7 +160,9 @@ def test_a_loss_may_bring_a_score_of_its_own():
     algo.__class__ = Taught
     rollouts = recorded_rollouts((3, 4))
     batches = prepared(algo, rollouts)
-    algo.must_score_old = lambda first: False  # one update: no old log-probs, the teacher's all the same
+    algo.must_score_old = lambda first: (
+        False
+    )  # one update: no old log-probs, the teacher's all the same
     for batch in [*batches, *algo.prepare(recorded_rollouts((3, 4)))]:
         assert (batch.teacher_logprobs[batch.response_mask] == -2).all()
         assert batch.to("cpu").with_rows(9).teacher_logprobs.shape[0] == 9

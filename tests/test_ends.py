@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from rlzoo.callbacks import Checkpoint
 from rlzoo.errors import UserError
 from rlzoo.export import export
-from rlzoo.loggers import equal_but_time
+from rlzoo.launch.run_dir import claim, find_checkpoint
+from rlzoo.launch.summary import read_metrics
 from rlzoo.models.finite import not_finite
 from rlzoo.models.policy import TINY
-from rlzoo.run_dir import claim, find_checkpoint
-from rlzoo.summary import read_metrics
+from rlzoo.report.loggers import equal_but_time
 from tests import warm
 
 ONE_STEP = "limits.max_responses=16"
@@ -37,7 +37,9 @@ SFT = (
 def contents(run_dir: Path) -> dict[str, bytes | str]:
     """Everything in a run directory but its log, links as what they point to."""
     return {
-        str(path.relative_to(run_dir)): path.readlink().name if path.is_symlink() else path.read_bytes()
+        str(path.relative_to(run_dir)): path.readlink().name
+        if path.is_symlink()
+        else path.read_bytes()
         for path in sorted(run_dir.rglob("*"))
         if (path.is_file() or path.is_symlink()) and path.name != "log.txt"
     }
@@ -92,7 +94,8 @@ def test_a_raised_limit_goes_on_as_if_it_had_been_so_and_foreign_files_stay(copy
     warm.passed(tmp_path / "whole")
     assert read_metrics(copy / "metrics.csv")[1]["val/avg_at_2"]  # it had ended there
     ours, theirs = (
-        load_file(run_dir / "policy" / "model.safetensors") for run_dir in (copy, tmp_path / "whole")
+        load_file(run_dir / "policy" / "model.safetensors")
+        for run_dir in (copy, tmp_path / "whole")
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     differ = equal_but_time(copy / "metrics.csv", tmp_path / "whole" / "metrics.csv")
@@ -165,7 +168,9 @@ def test_an_end_of_lightnings_closes_the_run(tmp_path):
         summary = json.loads((run_dir / "summary.json").read_text())
         rows = read_metrics(run_dir / "metrics.csv")
         assert summary["stopped_by"] == stopped_by
-        assert rows[-1]["val/avg_at_2"] and int(rows[-1]["rollout_step"]) == summary["rollout_steps"]
+        assert (
+            rows[-1]["val/avg_at_2"] and int(rows[-1]["rollout_step"]) == summary["rollout_steps"]
+        )
         assert float(rows[-1]["val/avg_at_2"]) == summary["val_avg_at_2_last"]
         assert "Validation avg@2 went from" in output and (run_dir / "policy").is_dir()
     assert summary["rollout_steps"] == 1
@@ -189,7 +194,9 @@ def test_a_generation_config_that_transformers_would_not_write_is_written(tmp_pa
     kept = json.loads((tmp_path / "run" / "policy" / "generation_config.json").read_text())
     assert kept["temperature"] == 0.6 and not kept.get("do_sample", False)
     export((tmp_path / "run" / "checkpoints" / "last.ckpt").resolve(), tmp_path / "out")
-    ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "run/policy", tmp_path / "out"))
+    ours, theirs = (
+        load_file(d / "model.safetensors") for d in (tmp_path / "run/policy", tmp_path / "out")
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == kept
 
@@ -239,7 +246,11 @@ def test_a_policy_that_is_no_number_is_not_exported(one_step, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_weight_that_is_no_number_is_named(value):
-    weights = {"a": torch.full((3, 3), 6e4, dtype=torch.float16), "b": torch.zeros(4), "c": torch.ones(2)}
+    weights = {
+        "a": torch.full((3, 3), 6e4, dtype=torch.float16),
+        "b": torch.zeros(4),
+        "c": torch.ones(2),
+    }
     assert not_finite(weights.items()) is None
     weights["b"][2] = value
     assert not_finite(weights.items()) == "b"

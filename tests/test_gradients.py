@@ -10,8 +10,8 @@ from lightning.pytorch.plugins.precision import Precision
 
 from rlzoo.algos import GRPO, RAFT, PolicyAlgorithm, ReinforceRej
 from rlzoo.errors import UserError
-from rlzoo.logprobs import response_scores
-from rlzoo.microbatching import AGGREGATIONS
+from rlzoo.learning.microbatching import AGGREGATIONS
+from rlzoo.models.logprobs import response_scores
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
@@ -46,7 +46,9 @@ def gradient(
                     setattr(batch, name, torch.cat([tensor, padding], dim=1))
             scores = response_scores(algo.policy, batch, algo.temperature)
             # Off the policy a little, so that clipping acts, and the same however it is split.
-            batch.old_logprobs = scores.logprobs.detach() + 0.3 * torch.sin(7 * scores.logprobs.detach())
+            batch.old_logprobs = scores.logprobs.detach() + 0.3 * torch.sin(
+                7 * scores.logprobs.detach()
+            )
             loss = algo.policy_loss(scores.logprobs, batch).loss_sum
             (loss / max(batch.divisor, 1e-9)).backward()
     return torch.cat([p.grad.flatten() for p in algo.policy.parameters()])
@@ -143,9 +145,7 @@ def test_every_update_gets_the_same_number_of_rollouts():
     assert [rows[i] + rows[i + 1] for i in range(0, 8, 2)] == [3, 3, 3, 3]
 
 
-def prepared(
-    algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1
-) -> list[RolloutBatch]:
+def prepared(algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1) -> list[RolloutBatch]:
     algo.trainer = SimpleNamespace(
         world_size=1,
         global_rank=0,

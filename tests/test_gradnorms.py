@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from rlzoo.callbacks.gvm import gradient_norms
-from rlzoo.gradnorms import head_gradient_norm, head_gradient_norms
-from rlzoo.logprobs import response_scores
-from rlzoo.microbatching import Plan, collate
+from rlzoo.learning.microbatching import Plan, collate
+from rlzoo.models.gradnorms import head_gradient_norm, head_gradient_norms
+from rlzoo.models.logprobs import response_scores
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
 

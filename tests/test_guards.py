@@ -12,17 +12,17 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
-from rlzoo.algos.gap import GapWatch
 from rlzoo.allocators.gvm import gvm_budgets
 from rlzoo.callbacks import Checkpoint, WeightSync
 from rlzoo.callbacks.checkpoint import comparable
 from rlzoo.callbacks.weight_sync import refuse_broken
+from rlzoo.diagnosis.gap import GapWatch
 from rlzoo.engines.base import Response
 from rlzoo.engines.probe import LENGTH, probe_sequences
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
-from rlzoo.ledger import Ledger
-from rlzoo.metrics import PassMetrics
+from rlzoo.learning.metrics import PassMetrics
+from rlzoo.report.ledger import Ledger
 from rlzoo.types import Prompt
 from tests import warm
 from tests.conftest import make_tiny_model
@@ -36,7 +36,9 @@ ONE_STEP = ("limits.max_responses=16", "data.num_val=1", "datamodule.val_respons
 def test_a_trainer_in_bfloat16_beside_an_engine_in_float32_is_told_so(tmp_path):
     options = ("trainer.precision=bf16-mixed", "engine=transformers", "doctor=true")
     told = warm.passed(tmp_path / "run", *ONE_STEP, *options)
-    assert "Likely cause: precision: the trainer computes in bfloat16, the engine in float32" in told
+    assert (
+        "Likely cause: precision: the trainer computes in bfloat16, the engine in float32" in told
+    )
     assert "sampling settings" not in told
 
 

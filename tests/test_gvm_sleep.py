@@ -8,7 +8,7 @@ import torch
 from rlzoo.callbacks import gvm
 from rlzoo.callbacks.weight_sync import WeightSync
 from rlzoo.engines.transformers import TransformersEngine
-from rlzoo.loggers import equal_but_time
+from rlzoo.report.loggers import equal_but_time
 from tests import warm
 
 TWO_PLANS = (

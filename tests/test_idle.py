@@ -7,9 +7,9 @@ import lightning
 import pytest
 
 from rlzoo.errors import UserError
-from rlzoo.idle import REFUSED, WARNED, check_idle
-from rlzoo.schema import check_settings
-from rlzoo.trainer_keys import ACTS, FIXED
+from rlzoo.launch.idle import REFUSED, WARNED, check_idle
+from rlzoo.launch.schema import check_settings
+from rlzoo.launch.trainer_keys import ACTS, FIXED
 from tests import warm
 from tests.test_values import compose
 
@@ -31,7 +31,12 @@ IDLE = {
     ("lr=0.1", "algo.optimizer.lr=0.2"): "lr=0.1",
     ("critic_lr=0.1",): "critic_lr=0.1",
     ("data=jsonl", "data.path=a", "data.val_path=b", "data.val_fraction=0.1"): "data.val_fraction",
-    ("data=jsonl", "data.path=a", "data.test_path=b", "data.test_fraction=0.1"): "data.test_fraction",
+    (
+        "data=jsonl",
+        "data.path=a",
+        "data.test_path=b",
+        "data.test_fraction=0.1",
+    ): "data.test_fraction",
     ("strategy=deepspeed_zero2", "strategy.persistence_threshold=10"): "strategy.persistence_thres",
     ("callbacks.checkpoint.monitor=null", "callbacks.checkpoint.keep_best=3"): "keep_best=3",
     ("engine=transformers", "callbacks.weight_sync.probe_tolerance=0.1"): "probe_tolerance=0.1",
@@ -39,7 +44,9 @@ IDLE = {
     ("engine=transformers", "engine.device=cpu", *SFT): "engine.device=cpu",
 }
 WARNINGS = {
-    ("engine.vllm.max_num_seqs=8",): "engine.vllm.max_num_seqs=8 does nothing: engine=auto takes tr",
+    (
+        "engine.vllm.max_num_seqs=8",
+    ): "engine.vllm.max_num_seqs=8 does nothing: engine=auto takes tr",
     ("engine=vllm", "engine.sleep_level=1"): "engine.sleep_level=1 does nothing: there is no CUDA",
     ("engine=vllm", "engine.gpu_memory_share=0.5"): "engine.gpu_memory_share=0.5 does nothing",
     ("data.num_test=16",): "data.num_test=16 does nothing: training reads no test prompts",
@@ -83,7 +90,7 @@ def test_a_setting_that_acts_passes_unsaid(overrides, caplog):
 
 
 def test_settings_of_the_engine_that_auto_does_not_take_are_said(caplog, monkeypatch):
-    monkeypatch.setattr("rlzoo.idle.why_not_vllm", lambda: None)
+    monkeypatch.setattr("rlzoo.launch.idle.why_not_vllm", lambda: None)
     overrides = ["engine.transformers.max_rows=8", "engine.vllm.max_num_seqs=8"]
     check_idle(compose(*overrides), overrides)
     assert "engine.transformers.max_rows=8 does nothing: engine=auto takes vLLM here" in caplog.text
@@ -92,7 +99,9 @@ def test_settings_of_the_engine_that_auto_does_not_take_are_said(caplog, monkeyp
 
 def test_every_rule_is_tried():
     """A rule that no case above meets might never fire."""
-    tried = "engine.transformers." + " ".join(part for overrides in [*IDLE, *WARNINGS] for part in overrides)
+    tried = "engine.transformers." + " ".join(
+        part for overrides in [*IDLE, *WARNINGS] for part in overrides
+    )
     for rule in [*REFUSED, *WARNED]:
         assert any(key.rstrip("*") in tried for key in rule.keys.split()), rule.keys
 

@@ -14,7 +14,9 @@ def step(*groups: list[float]) -> Rollouts:
     """Rollouts with these rewards by group; each one's engine log-probs are its own index."""
     rollouts = recorded_rollouts(tuple(map(len, groups)))
     rollouts.rewards = torch.tensor([reward for group in groups for reward in group])
-    rollouts.sampler_logprobs = [torch.full_like(x, i) for i, x in enumerate(rollouts.sampler_logprobs)]
+    rollouts.sampler_logprobs = [
+        torch.full_like(x, i) for i, x in enumerate(rollouts.sampler_logprobs)
+    ]
     return rollouts
 
 

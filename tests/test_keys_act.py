@@ -18,15 +18,15 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+import rlzoo.report.trackers
 import rlzoo.strategies.deepspeed
-import rlzoo.trackers
 from rlzoo.allocators import Uniform
-from rlzoo.configuration import conf_dir
 from rlzoo.errors import UserError
-from rlzoo.ledger import Limits
-from rlzoo.progress import Bars
-from rlzoo.schema import HYDRA, LIMITS, TOP, check_settings, is_node, signature_of
-from rlzoo.trainer_keys import ARGUMENTS
+from rlzoo.launch.configuration import conf_dir
+from rlzoo.launch.schema import HYDRA, LIMITS, TOP, check_settings, is_node, signature_of
+from rlzoo.launch.trainer_keys import ARGUMENTS
+from rlzoo.report.ledger import Limits
+from rlzoo.report.progress import Bars
 from rlzoo.values import fits
 from tests.test_values import compose
 
@@ -88,9 +88,9 @@ OTHER = {  # where no other value can be guessed
 }
 QUIET = {  # what cannot be seen from here, and why
     "model.trust_remote_code": "the model of these tests brings no code",
-    "engine.vllm.chunked_prefill": "is CUDA's: rlzoo.idle says so",
-    "engine.vllm.sleep_level": "is CUDA's: rlzoo.idle says so",
-    "engine.vllm.enforce_eager": "is CUDA's: rlzoo.idle says so",
+    "engine.vllm.chunked_prefill": "is CUDA's: rlzoo.launch.idle says so",
+    "engine.vllm.sleep_level": "is CUDA's: rlzoo.launch.idle says so",
+    "engine.vllm.enforce_eager": "is CUDA's: rlzoo.launch.idle says so",
     "engine.trust_remote_code": "the model of these tests brings no code",
     "datamodule.allow_truncated_sampling": "is a permission for top_p and top_k",
 }
@@ -98,7 +98,7 @@ QUIET = {  # what cannot be seen from here, and why
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
-    monkeypatch.setattr(rlzoo.trackers, "find_spec", lambda name: name)
+    monkeypatch.setattr(rlzoo.report.trackers, "find_spec", lambda name: name)
     monkeypatch.setattr(rlzoo.strategies.deepspeed, "import_deepspeed", lambda *stage: None)
 
 
@@ -132,7 +132,9 @@ def walk(cfg: DictConfig, key: str) -> list[str]:
                 silent += walk(cfg, place)
             continue
         value = OTHER[place] if place in OTHER else other(arguments[name], node[name])
-        changed = OmegaConf.merge(node, {name: value}) if not isinstance(value, dict) else node.copy()
+        changed = (
+            OmegaConf.merge(node, {name: value}) if not isinstance(value, dict) else node.copy()
+        )
         if isinstance(value, dict):
             changed[name] = value
         changed._set_parent(node._get_parent())

@@ -46,7 +46,9 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @EVERY
 @settings(max_examples=4, deadline=None)
-@given(sizes=RAGGED.filter(lambda s: max(s) > 1), accumulate=st.integers(2, 8), seed=st.integers(0, 9))
+@given(
+    sizes=RAGGED.filter(lambda s: max(s) > 1), accumulate=st.integers(2, 8), seed=st.integers(0, 9)
+)
 def test_the_gradient_does_not_depend_on_the_number_of_microbatches(name, sizes, accumulate, seed):
     algo, rollouts = build(name), mixed(sizes, seed)
     assert_same(gradient(algo, rollouts, accumulate), gradient(algo, rollouts))

@@ -4,7 +4,7 @@ import pytest
 
 from rlzoo.bench.resume import seconds_of
 from rlzoo.errors import UserError
-from rlzoo.ledger import Ledger, Limits
+from rlzoo.report.ledger import Ledger, Limits
 from rlzoo.rng import STREAMS, response_seed, uniforms
 
 
@@ -113,5 +113,10 @@ def test_the_noise_of_a_response_does_not_depend_on_how_much_is_drawn():
 
 
 def test_the_resume_bench_adds_up_seconds_and_no_counts():
-    row = {"time/planning": "0.5", "time/sampling/pilot": "0.25", "tokens/pilot": "735", "time/x": ""}
+    row = {
+        "time/planning": "0.5",
+        "time/sampling/pilot": "0.25",
+        "tokens/pilot": "735",
+        "time/x": "",
+    }
     assert seconds_of(row, "planning") == 0.75

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlzoo.errors import UserError
-from rlzoo.loggers import CSVLogger, equal_but_time
+from rlzoo.report.loggers import CSVLogger, equal_but_time
 
 CONF = Path(__file__).parent.parent / "conf"
 ROWS = [

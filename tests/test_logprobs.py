@@ -1,8 +1,8 @@
 import torch
 
-import rlzoo.logprobs
-from rlzoo.logprobs import response_scores, token_scores
-from rlzoo.microbatching import Plan, collate
+import rlzoo.models.logprobs
+from rlzoo.learning.microbatching import Plan, collate
+from rlzoo.models.logprobs import response_scores, token_scores
 from tests.recorded import recorded_rollouts
 
 
@@ -29,7 +29,7 @@ def test_chunks_change_neither_scores_nor_gradient(monkeypatch):
     tokens = torch.randint(40, (25,))
     results = []
     for elements in (2**26, 40 * 7):  # all at once, then 7 tokens at a time
-        monkeypatch.setattr(rlzoo.logprobs, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(rlzoo.models.logprobs, "CHUNK_ELEMENTS", elements)
         scores = token_scores(hidden, head, tokens, 1.0)
         grads = torch.autograd.grad(scores.logprobs.sum(), [hidden, head.weight])
         results.append([scores.logprobs, scores.entropy, *grads])

@@ -14,16 +14,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlzoo.callbacks.gvm import gradient_norms
-from rlzoo.configuration import conf_dir
 from rlzoo.engines.base import weights_checksum
 from rlzoo.engines.probe import probe_sequences, trainer_scores
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
 from rlzoo.export import export
+from rlzoo.launch.configuration import conf_dir
+from rlzoo.launch.training import build as build_run
+from rlzoo.launch.training import check_same_lora
 from rlzoo.models import lora as adapters
 from rlzoo.models.policy import load_policy
-from rlzoo.training import build as build_run
-from rlzoo.training import check_same_lora
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
 from tests.test_runs import UNIFORM, assert_same_run, finish, start, summary_of, wait_for, weights

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlzoo.losses import (
+from rlzoo.learning.losses import (
     clipped_surrogate_loss,
     kl_to_reference,
     policy_gradient_loss,
@@ -18,7 +18,9 @@ def loss_at(ratio: float, advantage: float, **options: float) -> float:
     return clipped_surrogate_loss(log_ratio, 0 * one, advantage * one, one, **options)[0].item()
 
 
-@pytest.mark.parametrize("ratio, expected", [(0.5, -0.5), (0.8, -0.8), (1, -1), (1.2, -1.2), (1.5, -1.2)])
+@pytest.mark.parametrize(
+    "ratio, expected", [(0.5, -0.5), (0.8, -0.8), (1, -1), (1.2, -1.2), (1.5, -1.2)]
+)
 def test_a_good_token_gains_nothing_beyond_the_upper_clip(ratio, expected):
     assert loss_at(ratio, 1.0, dual_clip=3.0) == pytest.approx(expected)
 

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from rlzoo.errors import UserError
-from rlzoo.metrics import PassMetrics, WeightedMeans
+from rlzoo.learning.metrics import PassMetrics, WeightedMeans
 
 KS = (1, 2, 4, 8)
 

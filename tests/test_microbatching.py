@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlzoo.microbatching import balance, split_updates, token_weights
+from rlzoo.learning.microbatching import balance, split_updates, token_weights
 
 VALUES = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0])]  # a term of each token
 LENGTHS = torch.tensor([3, 1])

@@ -75,7 +75,7 @@ def test_the_wheel_brings_no_package_but_rlzoo(unpacked_wheel: Path) -> None:
 def test_an_unpacked_wheel_finds_its_own_configuration(
     unpacked_wheel: Path, tmp_path: Path
 ) -> None:
-    code = "from rlzoo.configuration import conf_dir; print(conf_dir())"
+    code = "from rlzoo.launch.configuration import conf_dir; print(conf_dir())"
     found = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,  # a stranger's folder, with neither rlzoo/ nor conf/

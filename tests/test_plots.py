@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-import rlzoo.plots
+import rlzoo.report.plots
 from rlzoo.errors import UserError
-from rlzoo.loggers import CSVLogger
-from rlzoo.plots import draw_run
+from rlzoo.report.loggers import CSVLogger
+from rlzoo.report.plots import draw_run
 
 LABELS = {"algo": "grpo", "sampler": "gvm", "model": "tiny", "seed": 0}
 
@@ -49,7 +49,7 @@ def draw_and_keep(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **kwargs: obje
             super().__init__(**options)
             kept.append(self)
 
-    monkeypatch.setattr(rlzoo.plots, "Figure", KeptFigure)
+    monkeypatch.setattr(rlzoo.report.plots, "Figure", KeptFigure)
     draw_run(run_dir, **kwargs)
     return kept[0]
 

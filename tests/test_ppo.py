@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 from rlzoo.algos import PPO
-from rlzoo.ledger import Ledger
+from rlzoo.report.ledger import Ledger
 from rlzoo.types import Rollouts
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts

@@ -4,7 +4,7 @@ import math
 import pytest
 from rich.console import Console
 
-from rlzoo.progress import HEADER, HEADER_EVERY, Bars, step_line
+from rlzoo.report.progress import HEADER, HEADER_EVERY, Bars, step_line
 
 FULL = {
     "rollout_step": 1234,
@@ -51,10 +51,13 @@ def run_phases(shown: Bars) -> None:
 
 def test_a_step_line_shows_each_metric_in_its_unit():
     line = step_line({**FULL, "rollout_step": 7, "reward": 0.2312, "approx_kl": 0.00012})
-    assert line.split() == (
-        "7 0.231 100% 100% 0.412 0.0001 12% 1870/3072 100% 34% 10/16/128"
-        " 555s 10s 51s 12s 0.0s 123k"
-    ).split()
+    assert (
+        line.split()
+        == (
+            "7 0.231 100% 100% 0.412 0.0001 12% 1870/3072 100% 34% 10/16/128"
+            " 555s 10s 51s 12s 0.0s 123k"
+        ).split()
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3, 16, 1024])

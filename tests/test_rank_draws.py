@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from rlzoo.data.draw import Drawer
 from rlzoo.engines.base import SamplingParams
 from rlzoo.engines.transformers import TransformersEngine
-from rlzoo.ledger import Ledger
-from rlzoo.progress import Bars
+from rlzoo.report.ledger import Ledger
+from rlzoo.report.progress import Bars
 from rlzoo.rewards.verifier import Scores
 from rlzoo.types import Prompt
 from tests.conftest import make_tiny_model
@@ -38,7 +38,10 @@ class Recording(TransformersEngine):
 
 
 def reward(
-    prompts: list[Prompt], texts: list[str], truncated: list[bool], on_progress: Callable[[int], None]
+    prompts: list[Prompt],
+    texts: list[str],
+    truncated: list[bool],
+    on_progress: Callable[[int], None],
 ) -> Scores:
     """Something that differs between prompts and between responses."""
     pairs = zip(prompts, texts, strict=True)

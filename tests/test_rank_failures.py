@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlzoo.summary import read_metrics
+from rlzoo.launch.summary import read_metrics
 from tests.test_runs import SMALL, assert_same_run, finish, run, start, wait_for
 
 TWO_RANKS = (
@@ -65,8 +65,6 @@ def test_a_rank_that_is_killed_ends_the_other_one_which_names_it(victim, tmp_pat
 def launched_by(process: subprocess.Popen) -> psutil.Process:
     """Rank 1, which Lightning started from rank 0."""
     (child,) = [
-        child
-        for child in psutil.Process(process.pid).children()
-        if "rlzoo.run" in child.cmdline()
+        child for child in psutil.Process(process.pid).children() if "rlzoo.run" in child.cmdline()
     ]
     return child

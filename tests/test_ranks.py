@@ -12,9 +12,9 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
-from rlzoo import ranks
 from rlzoo.errors import UserError
-from rlzoo.ranks import check_processes, cluster_plugins, is_first, log_name, run_name
+from rlzoo.launch import processes as ranks
+from rlzoo.launch.processes import check_processes, cluster_plugins, is_first, log_name, run_name
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "MASTER_", "RLZOO_RUN_NAME", "NODE_RANK", "GROUP_RANK")

@@ -23,12 +23,12 @@ from rlzoo.bench.resume import (
     save_state,
 )
 from rlzoo.callbacks.preemption import Preempted
-from rlzoo.configuration import conf_dir
 from rlzoo.errors import UserError
 from rlzoo.export import export
+from rlzoo.launch.configuration import conf_dir
+from rlzoo.launch.summary import read_metrics
+from rlzoo.launch.training import train
 from rlzoo.models.policy import load_policy
-from rlzoo.summary import read_metrics
-from rlzoo.training import train
 from tests.test_runs import run
 
 STEPS = 6

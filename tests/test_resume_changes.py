@@ -10,13 +10,13 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from rlzoo.configuration import conf_dir
 from rlzoo.data.fingerprint import files_differ, of_files, of_pairs, of_prompts, prompts_differ
 from rlzoo.errors import UserError
 from rlzoo.export import run_config
+from rlzoo.launch.configuration import conf_dir
+from rlzoo.launch.resuming import check_changes, differences, record_of
+from rlzoo.launch.summary import read_metrics
 from rlzoo.models.policy import TINY
-from rlzoo.resuming import check_changes, differences, record_of
-from rlzoo.summary import read_metrics
 from rlzoo.types import Prompt
 from tests import warm
 from tests.test_ends import contents
@@ -49,7 +49,10 @@ def refused(saved: dict, *overrides: str, exact: bool = True) -> str:
 FIXED = (  # key=value, and what is listed
     ("seed=1", "seed: 0 -> 1"),
     ("algo=raft", "algo._target_: rlzoo.algos.GRPO -> rlzoo.algos.RAFT"),
-    ("sampler=uniform", "sampler.allocator._target_: rlzoo.allocators.GVM -> rlzoo.allocators.Uniform"),
+    (
+        "sampler=uniform",
+        "sampler.allocator._target_: rlzoo.allocators.GVM -> rlzoo.allocators.Uniform",
+    ),
     ("sampler.callback.pilots=8", "sampler.callback.pilots: 4 -> 8"),
     ("datamodule.responses_per_step=128", "datamodule.responses_per_step: 256 -> 128"),
     ("datamodule.prompts_per_epoch=32", "datamodule.prompts_per_epoch: 64 -> 32"),
@@ -61,7 +64,10 @@ WITH_WEIGHTS = (
     ("algo.kl_coef=0.1", "algo.kl_coef: 0.0 -> 0.1"),
     ("algo.updates=2", "algo.updates: 4 -> 2"),
     ("algo.optimizer._target_=torch.optim.SGD", "torch.optim.AdamW -> torch.optim.SGD"),
-    ("algo.scheduler=null", "algo.scheduler: transformers.get_constant_schedule_with_warmup -> null"),
+    (
+        "algo.scheduler=null",
+        "algo.scheduler: transformers.get_constant_schedule_with_warmup -> null",
+    ),
     ("datamodule.temperature=0.5", "datamodule.temperature: 1.0 -> 0.5"),
     ("datamodule.max_response_tokens=64", "datamodule.max_response_tokens: 96 -> 64"),
     ("trainer.precision=bf16-mixed", "trainer.precision: 32-true -> bf16-mixed"),
@@ -121,7 +127,9 @@ def test_keys_that_only_one_version_has_are_no_difference_unless_someone_gave_th
     before["algo"]["an_old_key"] = 3
     del before["algo"]["entropy_coef"]
     assert differences(before, compose(), [], []) == {}
-    assert differences(before, compose(), ["+algo.an_old_key=3"], ["algo.entropy_coef=0.0"]).keys() == {
+    assert differences(
+        before, compose(), ["+algo.an_old_key=3"], ["algo.entropy_coef=0.0"]
+    ).keys() == {
         "algo.an_old_key",
         "algo.entropy_coef",
     }
@@ -135,7 +143,9 @@ def test_another_model_of_the_same_shape_is_told_and_a_moved_one_is_not(saved, t
     whole[-3] ^= 1
     weights.write_bytes(whole)
     for exact in (True, False):
-        assert "is not the one of then" in refused(saved, f"model.path={tmp_path / 'moved'}", exact=exact)
+        assert "is not the one of then" in refused(
+            saved, f"model.path={tmp_path / 'moved'}", exact=exact
+        )
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -238,7 +248,9 @@ def test_what_a_run_was_begun_with_stays_and_what_may_change_takes_effect(folder
     (folder / "data.jsonl").rename(folder / "moved.jsonl")
     (run_dir / "metrics.csv").write_text("opened;and;saved\n")
     more = ("ckpt_path=auto", "limits.max_responses=32", "logger=default", "val_every=1")
-    warm.passed(run_dir, *options(folder, "moved"), *more, "datamodule.val_responses=1", small=False)
+    warm.passed(
+        run_dir, *options(folder, "moved"), *more, "datamodule.val_responses=1", small=False
+    )
     assert begun == {name: (run_dir / name).read_bytes() for name in begun}
     second = OmegaConf.load(run_dir / "config.resume-1.yaml")
     assert second.limits.max_responses == 32 and (run_dir / "environment.resume-1.json").exists()
@@ -279,7 +291,9 @@ def test_a_checkpoint_without_record_or_fingerprint_goes_on(folder):
     for name in ("record", "fingerprint"):
         del state["RolloutDataModule"][name]
     own = state["callbacks"]["Checkpoint"]
-    own["loggers"] = [{name: x for name, x in s.items() if name != "cells"} for s in own["loggers"].values()]
+    own["loggers"] = [
+        {name: x for name, x in s.items() if name != "cells"} for s in own["loggers"].values()
+    ]
     torch.save(state, path)
     more = ("ckpt_path=last", "limits.max_responses=32")
     assert "lr: 0.0001 -> 1" in warm.refused(run_dir, *options(folder), *more, "lr=1", small=False)

@@ -12,12 +12,12 @@ import hydra
 import pytest
 from omegaconf import DictConfig
 
-from rlzoo.configuration import check_overrides, conf_dir
 from rlzoo.errors import UserError
-from rlzoo.progress import Bars
+from rlzoo.launch.configuration import check_overrides, conf_dir
+from rlzoo.launch.run_dir import claim, find_checkpoint
+from rlzoo.launch.training import build
+from rlzoo.report.progress import Bars
 from rlzoo.run import explain
-from rlzoo.run_dir import claim, find_checkpoint
-from rlzoo.training import build
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "rlzoo" / "models" / "tiny"
@@ -107,7 +107,9 @@ def test_a_full_disk_is_explained():
     assert "ckpt_path=last" in explain(error, compose("run_dir=somewhere"))
 
 
-@pytest.mark.parametrize("missing, word", [("chat_template", "chat template"), ("eos_token", "end")])
+@pytest.mark.parametrize(
+    "missing, word", [("chat_template", "chat template"), ("eos_token", "end")]
+)
 def test_a_tokenizer_that_cannot_serve_is_named(tmp_path, missing, word):
     model = tmp_path / "model"
     shutil.copytree(TINY, model)

@@ -12,9 +12,9 @@ import torch
 from rlzoo.data import draw
 from rlzoo.data.draw import Drawer
 from rlzoo.engines.base import Response, SamplingParams
-from rlzoo.ledger import Ledger
 from rlzoo.models.policy import load_tokenizer
-from rlzoo.progress import Bars
+from rlzoo.report.ledger import Ledger
+from rlzoo.report.progress import Bars
 from rlzoo.types import Prompt
 from tests import warm
 

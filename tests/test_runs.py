@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlzoo.loggers import equal_but_time
-from rlzoo.summary import read_metrics
+from rlzoo.launch.summary import read_metrics
+from rlzoo.report.loggers import equal_but_time
 from tests import warm
 
 ROOT = Path(__file__).parents[1]
@@ -107,9 +107,13 @@ def test_a_run_directory_explains_itself(reference):
     steps = len(read_metrics(reference / "metrics.csv")) - 1  # the first row is a validation
     assert summary["updates"] == 2 * steps
     assert 0 < summary["planning_share"] < 1
-    assert {"val_avg_at_8_first", "val_avg_at_8_last", "val_avg_at_8_best", "tokens", "seconds"} <= (
-        summary.keys()
-    )
+    assert {
+        "val_avg_at_8_first",
+        "val_avg_at_8_last",
+        "val_avg_at_8_best",
+        "tokens",
+        "seconds",
+    } <= (summary.keys())
     assert (reference / "policy" / "config.json").exists()
     assert list((reference / "tensorboard").glob("events*"))
 
@@ -237,7 +241,12 @@ def test_right_rollouts_of_a_run_are_a_corpus_for_supervised_training(reference,
 
 def test_gradients_that_are_not_finite_stop_the_run_with_a_word(tmp_path):
     output = run(
-        tmp_path / "nan", *UNIFORM, "lr=1e30", "algo.max_skipped_updates=1", "algo.passes=4", expected=2
+        tmp_path / "nan",
+        *UNIFORM,
+        "lr=1e30",
+        "algo.max_skipped_updates=1",
+        "algo.passes=4",
+        expected=2,
     )
     assert "algo.max_skipped_updates=1" in output and "Traceback" not in output
 

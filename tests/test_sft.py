@@ -12,17 +12,18 @@ from lightning.pytorch.plugins.precision import Precision
 
 from rlzoo.algos import SFT
 from rlzoo.data.sft import SFTDataModule
-from rlzoo.distributed import world
 from rlzoo.errors import UserError
-from rlzoo.ledger import Limits
-from rlzoo.progress import Bars
-from rlzoo.summary import read_metrics
+from rlzoo.launch.summary import read_metrics
+from rlzoo.ranks.exchange import world
+from rlzoo.report.ledger import Limits
+from rlzoo.report.progress import Bars
 from rlzoo.types import Prompt
 from tests import warm
 from tests.zoo import calm_model
 
 PAIRS = [  # token ids, so that lengths are known: 1 to 8 tokens of solution
-    (tuple(range(2, 4 + i % 3)), tuple((5 + 7 * i + j) % 40 for j in range(i + 1))) for i in range(8)
+    (tuple(range(2, 4 + i % 3)), tuple((5 + 7 * i + j) % 40 for j in range(i + 1)))
+    for i in range(8)
 ]
 
 
@@ -129,9 +130,13 @@ def test_a_resumed_loader_goes_on_where_it_was_and_accumulation_feeds_the_same()
 def test_what_is_too_long_is_refused_or_dropped_with_a_count(caplog):
     texts = [("ab", "abc"), ("abcdef", "abc"), ("ab", "abcdefgh")]
     limits = {"max_prompt_tokens": 4, "max_response_tokens": 8}
-    with pytest.raises(UserError, match="Example 1 of the corpus has 6 prompt tokens.*max_prompt_tok"):
+    with pytest.raises(
+        UserError, match="Example 1 of the corpus has 6 prompt tokens.*max_prompt_tok"
+    ):
         data_of(texts, **limits).setup("fit")
-    with pytest.raises(UserError, match="Example 0 .* a solution of 9 tokens.*max_response_tokens=8"):
+    with pytest.raises(
+        UserError, match="Example 0 .* a solution of 9 tokens.*max_response_tokens=8"
+    ):
         data_of(texts[2:], **limits).setup("fit")
     data = data_of(texts, on_too_long="drop", **limits)
     data.setup("fit")
@@ -143,7 +148,8 @@ def test_what_is_too_long_is_refused_or_dropped_with_a_count(caplog):
 
 
 @pytest.mark.parametrize(
-    "pairs, message", [([("a", " ")], "Example 0 .* empty solution"), ([], "No example of the corpus")]
+    "pairs, message",
+    [([("a", " ")], "Example 0 .* empty solution"), ([], "No example of the corpus")],
 )
 def test_a_corpus_that_teaches_nothing_is_refused(pairs, message):
     with pytest.raises(UserError, match=message):
@@ -206,7 +212,10 @@ def test_a_limit_that_will_be_overshot_is_said(caplog):
     data_of(PAIRS, updates_per_step=1).check_limits()
     assert not caplog.text
     data_of(PAIRS, updates_per_step=50).check_limits()
-    assert "limits.max_updates=1 is no multiple" in caplog.text and "it makes 50 updates" in caplog.text
+    assert (
+        "limits.max_updates=1 is no multiple" in caplog.text
+        and "it makes 50 updates" in caplog.text
+    )
 
 
 def test_a_schedule_that_must_know_its_length_is_refused_without_one():
@@ -230,5 +239,7 @@ def test_a_corpus_without_end_begins_at_once_and_is_looked_at_as_it_is_drawn():
     data.setup("fit")
     assert data.fingerprint()["corpus"]["count"] == 10**9
     data.batch([data.corpus[i] for i in range(4)])
-    with pytest.raises(UserError, match="solution of .* tokens, over datamodule.max_response_tokens=32"):
+    with pytest.raises(
+        UserError, match="solution of .* tokens, over datamodule.max_response_tokens=32"
+    ):
         data.batch([data.corpus[i] for i in range(4, 8)])

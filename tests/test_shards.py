@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from rlzoo.checkpoints import FSDP_META, read_state, whole_weights
+from rlzoo.models.checkpoints import FSDP_META, read_state, whole_weights
 
 
 class Evil:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import rlzoo.trackers
+import rlzoo.report.trackers
 from rlzoo.errors import UserError
-from rlzoo.trackers import Tracker, flat
+from rlzoo.report.trackers import Tracker, flat
 from tests import warm
 
 
@@ -36,7 +36,9 @@ def nothing_sent(monkeypatch):
 def test_a_resumed_run_keeps_its_identity_and_sends_no_step_twice(tmp_path: Path):
     first = Recorded(tmp_path)
     for step in range(3):
-        first.log_metrics({"reward": step / 2, "gone": None, "nan": float("nan"), "said": "x"}, step)
+        first.log_metrics(
+            {"reward": step / 2, "gone": None, "nan": float("nan"), "said": "x"}, step
+        )
     resumed = Recorded(tmp_path)
     for step in range(2, 5):  # step 2 was measured twice
         resumed.log_metrics({"reward": step / 2}, step)
@@ -64,11 +66,15 @@ def test_a_run_that_cannot_be_begun_is_refused_at_start(tmp_path: Path, monkeypa
 
 
 def test_a_configuration_is_sent_key_by_key():
-    assert flat({"a": 1, "b": {"c": None, "d": {"e": [1]}}}) == [("a", 1), ("b.c", None), ("b.d.e", [1])]
+    assert flat({"a": 1, "b": {"c": None, "d": {"e": [1]}}}) == [
+        ("a", 1),
+        ("b.c", None),
+        ("b.d.e", [1]),
+    ]
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_library_that_is_not_installed_is_named_with_its_extra(tmp_path: Path, name, monkeypatch):
-    monkeypatch.setattr(rlzoo.trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(rlzoo.report.trackers, "find_spec", lambda name: None)
     message = warm.refused(tmp_path / "run", f"logger={name}")
     assert f"logger={name} needs {name}, which is not installed: install rlzoo[{name}]" in message

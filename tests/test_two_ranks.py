@@ -15,9 +15,9 @@ import torch.multiprocessing as mp
 
 from rlzoo.algos import RAFT, PolicyAlgorithm
 from rlzoo.callbacks import RankWatch, rank_watch
-from rlzoo.distributed import all_gather
-from rlzoo.ledger import Ledger
-from rlzoo.losses import LossOutput
+from rlzoo.learning.losses import LossOutput
+from rlzoo.ranks.exchange import all_gather
+from rlzoo.report.ledger import Ledger
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.recorded import recorded_rollouts
 from tests.test_sft import rank_gradient, rank_loss
@@ -161,7 +161,9 @@ def test_a_rank_without_data_logs_what_one_process_alone_does(ranks):
 def test_a_stall_says_what_it_waits_for_and_on_which_rank(ranks):
     """All are alive, so that nobody is missed, and would wait for half an hour."""
     (*_, (said, ended)), (*_, (nothing, ended_too)) = ranks
-    where = r"rank 0 \(.*\) waits for the others in meet \(exchange \d+, between phases\) since \d+ s;"
+    where = (
+        r"rank 0 \(.*\) waits for the others in meet \(exchange \d+, between phases\) since \d+ s;"
+    )
     where += r" rank 1 \(.*\) in phase scoring since \d+ s\."
     assert said and not nothing  # rank 0 speaks for all
     assert re.fullmatch(rf"no rank has moved on for \d+ s: {where}", said[0])

@@ -9,9 +9,9 @@ from lightning import LightningDataModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from rlzoo.algos.optimization import OptimizationModule
 from rlzoo.errors import UserError
-from rlzoo.ledger import Ledger
+from rlzoo.learning.optimization import OptimizationModule
+from rlzoo.report.ledger import Ledger
 
 GOOD, EMPTY, NAN, INF = "good", "empty", "nan", "inf"
 
@@ -58,7 +58,9 @@ def fit(module: Line, *kinds: str) -> Ledger:
     return data.ledger
 
 
-@pytest.mark.parametrize("kind, reason", [(EMPTY, "empty"), (NAN, "non_finite"), (INF, "non_finite")])
+@pytest.mark.parametrize(
+    "kind, reason", [(EMPTY, "empty"), (NAN, "non_finite"), (INF, "non_finite")]
+)
 def test_a_skipped_update_leaves_weights_adam_and_schedule_as_they_were(kind, reason):
     module = Line()
     ledger = fit(module, GOOD, kind, kind, GOOD)

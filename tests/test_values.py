@@ -11,11 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlzoo.configuration import check_overrides, conf_dir
-from rlzoo.progress import Bars
+from rlzoo.launch.configuration import check_overrides, conf_dir
+from rlzoo.launch.schema import check_settings
+from rlzoo.launch.training import build
+from rlzoo.report.progress import Bars
 from rlzoo.run import explain
-from rlzoo.schema import check_settings
-from rlzoo.training import build
 from tests import warm
 
 

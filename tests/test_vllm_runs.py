@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlzoo.summary import read_metrics
+from rlzoo.launch.summary import read_metrics
 from tests.test_runs import UNIFORM, finish, run, start, summary_of
 
 pytestmark = pytest.mark.vllm

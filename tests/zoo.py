@@ -10,8 +10,8 @@ from lightning.pytorch.plugins.precision import Precision
 from omegaconf import OmegaConf
 
 from rlzoo.algos import PolicyAlgorithm
-from rlzoo.configuration import conf_dir
-from rlzoo.distributed import world
+from rlzoo.launch.configuration import conf_dir
+from rlzoo.ranks.exchange import world
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.conftest import make_tiny_model
 

@@ -33,7 +33,9 @@ def main() -> None:
     old, new = (Path(argument) for argument in sys.argv[1:])
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["run", "rows", "cells_that_differ", "columns_lost", "columns_new"])
-    both = [p for p in new.iterdir() if all((d / p.name / "summary.json").exists() for d in (old, new))]
+    both = [
+        p for p in new.iterdir() if all((d / p.name / "summary.json").exists() for d in (old, new))
+    ]
     for run_dir in sorted(both):
         rows, cells, lost, added = compare(old / run_dir.name, run_dir)
         writer.writerow([run_dir.name, rows, cells, " ".join(lost), " ".join(added)])

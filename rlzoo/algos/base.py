@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlzoo.algos.scoring import ScoringModule
 from rlzoo.errors import UserError, check_acts, check_at_least, check_choice
-from rlzoo.losses import (
+from rlzoo.learning.length import soft_overlong_penalty
+from rlzoo.learning.losses import (
     KL_ESTIMATORS,
     LossOutput,
     kl_estimate,
     kl_to_reference,
     truncated_importance_weights,
 )
-from rlzoo.metrics import WeightedMeans
-from rlzoo.microbatching import AGGREGATIONS, collate, plan_microbatches
-from rlzoo.rewards.length import soft_overlong_penalty
+from rlzoo.learning.metrics import WeightedMeans
+from rlzoo.learning.microbatching import AGGREGATIONS, collate, plan_microbatches
+from rlzoo.learning.scoring import ScoringModule
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 from rlzoo.values import AtLeast0, AtLeast1, Positive, Seed
 
@@ -44,12 +44,12 @@ class PolicyAlgorithm(ScoringModule):
         scheduler: builds a learning-rate schedule from the optimizer, stepped after each update.
         updates: optimizer steps per pass over a rollout step, of equal numbers of rollouts.
         passes: times that a rollout step is trained on.
-        aggregation: how tokens are averaged, one of `rlzoo.microbatching.AGGREGATIONS`.
+        aggregation: how tokens are averaged, one of `rlzoo.learning.microbatching.AGGREGATIONS`.
         rejected: whether rollouts that `select` turns down leave the denominators ("drop") or
             stay with advantage 0 ("zero", as released code has it).
         reward_scale: "zero_one", or "plus_minus_one" (r -> 2r - 1; arXiv:2504.11343).
         kl_coef: weight of the per-token KL to the initial policy; 0 keeps no reference.
-        kl_estimator: "k1", "k2" or "k3", see `rlzoo.losses.kl_estimate`.
+        kl_estimator: "k1", "k2" or "k3", see `rlzoo.learning.losses.kl_estimate`.
         kl_in: "loss" adds the KL to the loss, "reward" takes it from the reward.
         entropy_coef: weight of the policy's entropy, which is added to the objective.
         tis_cap: bound of the importance weight of trainer against engine log-probs (truncated
@@ -146,7 +146,9 @@ class PolicyAlgorithm(ScoringModule):
             )
         self.check_idle()
         if self.kl_coef and self.kl_in == "loss" and self.kl_estimator == "k1":
-            log.warning("algo.kl_estimator=k1 in the loss has a mean gradient of 0: prefer k2 or k3.")
+            log.warning(
+                "algo.kl_estimator=k1 in the loss has a mean gradient of 0: prefer k2 or k3."
+            )
 
     def check_idle(self) -> None:
         """Raises a UserError for a value that was asked for and could not act."""
@@ -169,7 +171,7 @@ class PolicyAlgorithm(ScoringModule):
             check_acts("algo.overlong_buffer", self.overlong_buffer, 0.0, why)
 
     def idle_options(self) -> dict[str, str]:
-        """Keys that cannot act as the others stand, with the reason: `rlzoo.idle` refuses one
+        """Keys that cannot act as the others stand, with the reason: `rlzoo.launch.idle` refuses one
         that the user set, while a default may stand."""
         idle = {}
         if not self.can_reject:
@@ -337,7 +339,8 @@ class PolicyAlgorithm(ScoringModule):
         """N x [L]: what each token's reward loses, `kl_coef` times the KL at sampling time."""
         old, ref = rollouts.scores["old_logprobs"], rollouts.scores["ref_logprobs"]
         return [
-            self.kl_coef * kl_estimate(o, r, self.kl_estimator) for o, r in zip(old, ref, strict=True)
+            self.kl_coef * kl_estimate(o, r, self.kl_estimator)
+            for o, r in zip(old, ref, strict=True)
         ]
 
     # --- one microbatch ---------------------------------------------------------------------

@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlzoo.algos.grpo import GRPO
-from rlzoo.losses import LossOutput, clipped_weight_loss
+from rlzoo.learning.losses import LossOutput, clipped_weight_loss
 from rlzoo.types import RolloutBatch
 
 

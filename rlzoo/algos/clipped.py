@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.errors import UserError
-from rlzoo.losses import LossOutput, clipped_surrogate_loss
+from rlzoo.learning.losses import LossOutput, clipped_surrogate_loss
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch
 
 

@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rlzoo.advantages import group_advantages, split_groups
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
 from rlzoo.errors import UserError, check_acts, check_choice
-from rlzoo.selection import mixed_groups
+from rlzoo.learning.advantages import group_advantages, split_groups
+from rlzoo.learning.selection import mixed_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.errors import UserError, check_acts, check_at_least, check_choice
-from rlzoo.losses import LossOutput, dpo_loss
-from rlzoo.selection import best_and_worst
+from rlzoo.learning.losses import LossOutput, dpo_loss
+from rlzoo.learning.selection import best_and_worst
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
 METRICS = ("dpo/accuracy", "dpo/margin", "dpo/chosen_log_ratio", "dpo/rejected_log_ratio")

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlzoo.advantages import generalized_advantages, whiten
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
 from rlzoo.errors import UserError, check_at_least, check_choice
-from rlzoo.logprobs import response_hidden, response_scores, spread
-from rlzoo.losses import LossOutput, value_loss
+from rlzoo.learning.advantages import generalized_advantages, whiten
+from rlzoo.learning.losses import LossOutput, value_loss
 from rlzoo.models.critic import Critic
 from rlzoo.models.logits import hidden_size
+from rlzoo.models.logprobs import response_hidden, response_scores, spread
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
 
@@ -113,9 +113,7 @@ class PPO(ClippedPolicyAlgorithm):
         token_rewards[torch.arange(len(lengths)), lengths - 1] = rollouts.rewards
         if self.kl_in_reward:
             token_rewards -= pad_sequence(self.kl_penalties(rollouts), batch_first=True)
-        credit = generalized_advantages(
-            token_rewards, values, mask, gamma=self.gamma, lam=self.lam
-        )
+        credit = generalized_advantages(token_rewards, values, mask, gamma=self.gamma, lam=self.lam)
         unpad = lambda x: [row[:n] for row, n in zip(x, lengths.tolist(), strict=True)]  # noqa: E731
         rollouts.scores["returns"] = unpad(credit.returns)
         if self.whiten_advantages:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from rlzoo.algos.base import PolicyAlgorithm
-from rlzoo.losses import LossOutput, policy_gradient_loss
-from rlzoo.selection import correct
+from rlzoo.learning.losses import LossOutput, policy_gradient_loss
+from rlzoo.learning.selection import correct
 from rlzoo.types import RolloutBatch, Rollouts
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
-from rlzoo.selection import correct
+from rlzoo.learning.selection import correct
 from rlzoo.types import Rollouts
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlzoo.advantages import group_advantages, group_stats
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
 from rlzoo.errors import check_acts, check_choice
-from rlzoo.selection import solved_groups, unsolved_groups
+from rlzoo.learning.advantages import group_advantages, group_stats
+from rlzoo.learning.selection import solved_groups, unsolved_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 
@@ -43,7 +43,9 @@ class Reinforce(ClippedPolicyAlgorithm):
         self.baseline, self.scale_by_std = baseline, scale_by_std
         self.drop_solved, self.drop_unsolved = drop_solved, drop_unsolved
         if baseline == "mean" and self.rejected == "zero" and not self.shapes_rewards:
-            why = "with algo.rejected=zero and algo.baseline=mean their advantages are 0 in any case"
+            why = (
+                "with algo.rejected=zero and algo.baseline=mean their advantages are 0 in any case"
+            )
             check_acts("algo.drop_solved", drop_solved, False, why)
             check_acts("algo.drop_unsolved", drop_unsolved, False, why)
 

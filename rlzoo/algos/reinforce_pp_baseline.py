@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rlzoo.advantages import group_advantages, whiten
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
 from rlzoo.errors import check_choice
+from rlzoo.learning.advantages import group_advantages, whiten
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlzoo.algos.reinforce import Reinforce
 from rlzoo.errors import check_acts
-from rlzoo.selection import mixed_groups
+from rlzoo.learning.selection import mixed_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rlzoo.advantages import leave_one_out_advantages
 from rlzoo.algos.clipped import ClippedPolicyAlgorithm
 from rlzoo.errors import check_choice
+from rlzoo.learning.advantages import leave_one_out_advantages
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 

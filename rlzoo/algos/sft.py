@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlzoo.algos.scoring import ScoringModule
-from rlzoo.distributed import all_gather
-from rlzoo.metrics import WeightedMeans
+from rlzoo.learning.metrics import WeightedMeans
+from rlzoo.learning.scoring import ScoringModule
+from rlzoo.ranks.exchange import all_gather
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch
 from rlzoo.values import AtLeast0, AtLeast1
 

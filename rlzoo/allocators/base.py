@@ -109,7 +109,9 @@ def fill(shares: np.ndarray, total: float, low: np.ndarray, high: np.ndarray) ->
     positive = shares > 0
     if np.where(positive, high, low).sum() < total:
         spare = total - np.where(positive, high, low).sum()
-        even = fill(np.where(positive, 0.0, 1.0), spare + low[~positive].sum(), low * ~positive, high)
+        even = fill(
+            np.where(positive, 0.0, 1.0), spare + low[~positive].sum(), low * ~positive, high
+        )
         return np.where(positive, high, even)
     below, above = 0.0, 1.0
     spread = lambda level: np.clip(level * shares, low, high)  # noqa: E731

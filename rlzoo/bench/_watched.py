@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlzoo.ledger import Ledger
-from rlzoo.ranks import is_first
+from rlzoo.launch.processes import is_first
+from rlzoo.report.ledger import Ledger
 from rlzoo.run import main
 
 PHASES = (

@@ -29,13 +29,13 @@ from rlzoo.engines.decoding import CachedDecoder
 from rlzoo.engines.probe import as_rollouts
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
-from rlzoo.gradnorms import head_gradient_norm
-from rlzoo.logprobs import response_hidden, response_scores, token_scores
-from rlzoo.microbatching import Plan, collate
+from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.checks import mode
 from rlzoo.models.gather import load_whole
+from rlzoo.models.gradnorms import head_gradient_norm
 from rlzoo.models.loading import some
 from rlzoo.models.logits import transform_of
+from rlzoo.models.logprobs import response_hidden, response_scores, token_scores
 from rlzoo.models.policy import load_policy
 from rlzoo.types import RolloutBatch
 
@@ -216,7 +216,9 @@ def check_training(
     update(policy, batch, optimizer)
     idle = [name for name, p in trained.items() if p.grad is None]
     moved = [name for name, p in trained.items() if not torch.equal(p, before[name])]
-    if len(moved) + len(idle) < len(before) / 2 or not all(p.isfinite().all() for p in policy.parameters()):
+    if len(moved) + len(idle) < len(before) / 2 or not all(
+        p.isfinite().all() for p in policy.parameters()
+    ):
         raise Wrong(f"an update moved {len(moved)} of {len(before)} weights, or left NaN")
     scores = response_scores(policy, batch, 1.0).logprobs
     policy.save_pretrained(folder / "exported")

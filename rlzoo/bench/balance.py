@@ -41,7 +41,7 @@ from torch import Tensor
 from rlzoo.allocators.gvm import gvm_budgets, gvm_weights
 from rlzoo.data.shares import Piece, share_out
 from rlzoo.errors import check_at_least
-from rlzoo.microbatching import balance, plan_microbatches
+from rlzoo.learning.microbatching import balance, plan_microbatches
 from rlzoo.types import Prompt, Rollouts
 
 LIMIT, PILOTS, LARGEST = 4096, 8, 150  # tokens; responses; responses
@@ -258,7 +258,9 @@ def print_update(worst: dict[tuple[str, int, int], dict[str, float]]) -> None:
 
 
 def print_sampling(sampling: dict[tuple[str, str], list[Drawn]]) -> None:
-    print("sampling phase: slowest rank over the mean; prompts read again: tokens over whole groups'")
+    print(
+        "sampling phase: slowest rank over the mean; prompts read again: tokens over whole groups'"
+    )
     columns = ("expected worst", "actual worst", "actual mean", "read again mean")
     print(f"{'lengths':<11}{'shares':<20}" + "".join(f"{c:>16}" for c in columns))
     for (name, way), found in sampling.items():

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from rlzoo.algos.optimization import OptimizationModule
-from rlzoo.ledger import Ledger
+from rlzoo.learning.optimization import OptimizationModule
+from rlzoo.report.ledger import Ledger
 from rlzoo.strategies import FSDP, DeepSpeed, ddp
 
 BUCKET = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}  # elements: next to none
@@ -76,10 +76,16 @@ def tensor_bytes() -> int:
     for item in gc.get_objects():
         if issubclass(type(item), Tensor):
             local = getattr(item, "_local_tensor", item)
-            for tensor in (local, getattr(local, "ds_tensor", None), local.grad if local.is_leaf else None):
+            for tensor in (
+                local,
+                getattr(local, "ds_tensor", None),
+                local.grad if local.is_leaf else None,
+            ):
                 if tensor is not None:
                     tensor = getattr(tensor, "_local_tensor", tensor)
-                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                    storages[tensor.untyped_storage().data_ptr()] = (
+                        tensor.untyped_storage().nbytes()
+                    )
     storages.pop(0, None)
     return sum(storages.values())
 
@@ -136,7 +142,10 @@ def measure(name: str, folder: str, ranks: int, precision: str) -> dict[str, int
     if name.startswith("zero"):  # what it sets aside from the start goes where it belongs
         optimizer = trainer.strategy.deepspeed_engine.optimizer
         buffer = getattr(optimizer, "grad_partitions_flat_buffer", torch.zeros(0))
-        early = {"optimizer": master_bytes(optimizer), "gradients": buffer.untyped_storage().nbytes()}
+        early = {
+            "optimizer": master_bytes(optimizer),
+            "gradients": buffer.untyped_storage().nbytes(),
+        }
         for part, size in early.items():
             module.seen["weights"] -= size
             module.seen[part] += size
@@ -168,7 +177,7 @@ def make_model(folder: str, width: int, layers: int) -> int:
 
 def on_rank(arguments: argparse.Namespace) -> None:
     """Measures one strategy as one rank of several; rank 0 prints the largest rank's bytes."""
-    from rlzoo.distributed import all_gather
+    from rlzoo.ranks.exchange import all_gather
 
     seen = measure(arguments.strategy, arguments.folder, arguments.ranks, arguments.precision)
     largest = {part: max(rank[part] for rank in all_gather(seen)) for part in PARTS}
@@ -178,13 +187,26 @@ def on_rank(arguments: argparse.Namespace) -> None:
 
 def launch(arguments: argparse.Namespace, name: str, folder: str, port: int) -> dict[str, int]:
     """Bytes on the fullest rank under a strategy, from fresh processes."""
-    command = [sys.executable, "-m", "rlzoo.bench", "memory", "--strategy", name, "--folder", folder]
+    command = [
+        sys.executable,
+        "-m",
+        "rlzoo.bench",
+        "memory",
+        "--strategy",
+        name,
+        "--folder",
+        folder,
+    ]
     command += ["--ranks", str(arguments.ranks), "--precision", arguments.precision]
     processes = []
     for rank in range(arguments.ranks):
         facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": arguments.ranks, "GROUP_RANK": 0}
         facts |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "bench"}
-        facts |= {"LOCAL_WORLD_SIZE": arguments.ranks, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1}
+        facts |= {
+            "LOCAL_WORLD_SIZE": arguments.ranks,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": 1,
+        }
         processes.append(
             subprocess.Popen(
                 [*command, "--rank", str(rank)],
@@ -218,7 +240,9 @@ def main(argv: list[str]) -> None:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         count = make_model(folder, arguments.width, arguments.layers)
-        print(f"{count:,} parameters, {arguments.ranks} ranks, {arguments.precision}; MB on the fullest rank")
+        print(
+            f"{count:,} parameters, {arguments.ranks} ranks, {arguments.precision}; MB on the fullest rank"
+        )
         print(f"{'':7}" + "".join(f"{part:>12} {'formula':>9} {'ratio':>6}" for part in PARTS))
         for place, name in enumerate(strategies()):
             if half and not name.startswith("zero"):
@@ -227,7 +251,9 @@ def main(argv: list[str]) -> None:
             formula = expected(name, count, arguments.ranks, half)
             ratios = {part: found[part] / formula[part] for part in PARTS}
             figures |= {f"{name}_{part}": ratios[part] for part in PARTS}
-            cells = (f"{found[p] / 1e6:12.2f} {formula[p] / 1e6:9.2f} {ratios[p]:6.3f}" for p in PARTS)
+            cells = (
+                f"{found[p] / 1e6:12.2f} {formula[p] / 1e6:9.2f} {ratios[p]:6.3f}" for p in PARTS
+            )
             print(f"{name:7}" + "".join(cells), flush=True)
     worst = max(abs(ratio - 1) for ratio in figures.values())
     print(json.dumps({"worst_off_formula": worst, **figures}))

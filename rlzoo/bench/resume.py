@@ -35,9 +35,9 @@ from pathlib import Path
 import torch
 
 from rlzoo.bench._watched import PHASES, WHERE, phase_of
-from rlzoo.checkpoints import whole_weights
-from rlzoo.loggers import equal_but_time
-from rlzoo.summary import read_metrics
+from rlzoo.launch.summary import read_metrics
+from rlzoo.models.checkpoints import whole_weights
+from rlzoo.report.loggers import equal_but_time
 
 STRATEGIES = ("ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp")
 STEPS = 8  # rollout steps of a run, two an epoch
@@ -258,7 +258,9 @@ def study(
 ) -> dict[str, object]:
     """Runs one strategy; `note` is told of every kill as it comes."""
     options = (*OPTIONS, f"strategy={strategy}")
-    whole, control, killed = (root / f"{strategy}_{name}" for name in ("whole", "control", "killed"))
+    whole, control, killed = (
+        root / f"{strategy}_{name}" for name in ("whole", "control", "killed")
+    )
     lengths = lengths_of_run(whole, options)
     run_to_the_end(control, (*options, "seed=1"))
     rng, hits, misses = random.Random(f"{seed}/{strategy}"), Counter(), Counter()
@@ -316,7 +318,9 @@ def compare(folder: Path, other: Path) -> list[str]:
 
 def control_differs(control: Path, whole: Path) -> bool:
     """Whether every comparison tells a run with another seed apart."""
-    kinds = {difference.partition(":")[0].partition("/")[0] for difference in compare(control, whole)}
+    kinds = {
+        difference.partition(":")[0].partition("/")[0] for difference in compare(control, whole)
+    }
     return kinds >= {"metrics.csv", "ledger.csv", "rollouts", "budgets", "weights"}
 
 
@@ -336,7 +340,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="with commas between")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--run-root", type=Path, help="keeps the runs there; default: none is kept")
-    parser.add_argument("--results", type=Path, help="adds a line of JSON for each kill and strategy")
+    parser.add_argument(
+        "--results", type=Path, help="adds a line of JSON for each kill and strategy"
+    )
     args = parser.parse_args(argv)
     root = args.run_root or Path(tempfile.mkdtemp(prefix="rlzoo-resume-"))
     root.mkdir(parents=True, exist_ok=True)

@@ -34,8 +34,8 @@ from rlzoo.engines.base import Engine, Request, Response, SamplingParams
 from rlzoo.engines.probe import as_rollouts
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.engines.vllm import VLLMEngine
-from rlzoo.logprobs import response_scores
-from rlzoo.microbatching import Plan, collate
+from rlzoo.learning.microbatching import Plan, collate
+from rlzoo.models.logprobs import response_scores
 from rlzoo.models.policy import TINY, eos_token_ids, load_policy, load_tokenizer
 from rlzoo.types import Prompt
 

@@ -15,10 +15,10 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from rlzoo.callbacks.boundary import BoundaryCallback
-from rlzoo.checkpoints import FORMAT, SAVED, UNFINISHED, saved_by
-from rlzoo.columns import AVG
-from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError, check_at_least
+from rlzoo.models.checkpoints import FORMAT, SAVED, UNFINISHED, saved_by
+from rlzoo.ranks.exchange import all_gather
+from rlzoo.report.columns import AVG
 from rlzoo.values import AtLeast0, AtLeast1, PathText, Text
 
 log = logging.getLogger(__name__)

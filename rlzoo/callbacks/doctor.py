@@ -4,8 +4,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from rlzoo.diagnosis import probe, setting_of
-from rlzoo.doctor import EXACT, Evidence, verdict
+from rlzoo.diagnosis.causes import EXACT, Evidence, verdict
+from rlzoo.diagnosis.suspects import probe, setting_of
 
 
 class Diagnosed(Exception):

@@ -6,9 +6,9 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from rlzoo.callbacks.boundary import BoundaryCallback
-from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError
 from rlzoo.models.finite import not_finite
+from rlzoo.ranks.exchange import all_gather
 
 
 class Ending(BoundaryCallback):

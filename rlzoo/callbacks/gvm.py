@@ -4,17 +4,17 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from rlzoo.algos.scoring import chunked
 from rlzoo.callbacks.replan import Replan
 from rlzoo.callbacks.weight_sync import WeightSync
-from rlzoo.distributed import all_gather, world
 from rlzoo.errors import UserError
-from rlzoo.gradnorms import head_gradient_norms
-from rlzoo.logprobs import response_hidden
-from rlzoo.microbatching import Plan, collate
+from rlzoo.learning.microbatching import Plan, collate
+from rlzoo.learning.scoring import chunked
+from rlzoo.learning.selection import correct
 from rlzoo.models.gather import gathered_in_place, through
+from rlzoo.models.gradnorms import head_gradient_norms
 from rlzoo.models.logits import transform_of
-from rlzoo.selection import correct
+from rlzoo.models.logprobs import response_hidden
+from rlzoo.ranks.exchange import all_gather, world
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
 from rlzoo.values import AtLeast1, PathText
 
@@ -37,7 +37,9 @@ class GVM(Replan):
         max_tokens: of one forward pass over pilots; bounds memory.
     """
 
-    def __init__(self, run_dir: PathText, pilots: AtLeast1 = 8, max_tokens: AtLeast1 = 16384) -> None:
+    def __init__(
+        self, run_dir: PathText, pilots: AtLeast1 = 8, max_tokens: AtLeast1 = 16384
+    ) -> None:
         super().__init__(run_dir)
         if pilots < 1:
             raise UserError(f"sampler.callback.pilots must be at least 1, got {pilots}.")
@@ -47,7 +49,9 @@ class GVM(Replan):
         self, trainer: Trainer, pl_module: LightningModule, prompts: list[Prompt]
     ) -> dict[str, list[float]]:
         data = trainer.datamodule
-        rollouts = data.drawer.draw(prompts, [self.pilots] * len(prompts), "pilot", data.rollout_step)
+        rollouts = data.drawer.draw(
+            prompts, [self.pilots] * len(prompts), "pilot", data.rollout_step
+        )
         data.engine.sleep()
         with data.ledger.phase("planning"):
             accept_rates, mean_norms = self.learn(trainer, pl_module, rollouts, prompts)

@@ -10,7 +10,7 @@ from types import FrameType
 from lightning import LightningModule, Trainer
 
 from rlzoo.callbacks.boundary import BoundaryCallback
-from rlzoo.distributed import world
+from rlzoo.ranks.exchange import world
 
 log = logging.getLogger(__name__)
 

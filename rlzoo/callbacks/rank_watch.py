@@ -14,16 +14,22 @@ from lightning import Callback, LightningModule, Trainer
 from torch.distributed import TCPStore
 
 from rlzoo.callbacks.preemption import Preempted
-from rlzoo.distributed import all_gather, exchange_timeout, world
 from rlzoo.engines import isolation
 from rlzoo.errors import UserError, check_at_least
+from rlzoo.ranks.exchange import all_gather, exchange_timeout, world
+from rlzoo.ranks.whereabouts import HERE
 from rlzoo.values import Positive
-from rlzoo.whereabouts import HERE
 
 BEAT = 1.0  # seconds between two signs of life
 SHORTLY_BEFORE = 0.95  # of the time-out of an exchange: the run ends with a word of ours
 LOST_RANK = 70  # exit code of a run that lost a rank
-SYMPTOMS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "NCCL")
+SYMPTOMS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out",
+    "NCCL",
+)
 
 
 class RankWatch(Callback):
@@ -35,7 +41,7 @@ class RankWatch(Callback):
     the processes that it started every five seconds, and kills them all, rank 0 included, without a
     word to the terminal if one of them has failed. So that it does not, they outlive rank 0.
 
-    A sign of life says where its rank is (`rlzoo.whereabouts`). Where all are alive but none moves
+    A sign of life says where its rank is (`rlzoo.ranks.whereabouts`). Where all are alive but none moves
     on, since they wait in different exchanges or one of them hangs, rank 0 says which rank is where;
     shortly before the exchange would time out, that is the run's last word.
 
@@ -63,9 +69,7 @@ class RankWatch(Callback):
         timeout = timedelta(seconds=self.patience)
         port = None
         if rank == 0:
-            self.server = TCPStore(
-                host, 0, is_master=True, wait_for_workers=False, timeout=timeout
-            )
+            self.server = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
             port = self.server.port
         port = all_gather(port)[0]
         self.store = TCPStore(host, port, is_master=False, timeout=timeout)

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 from lightning import Callback, LightningModule, Trainer
 
-from rlzoo.distributed import world
+from rlzoo.ranks.exchange import world
 from rlzoo.types import Prompt
 from rlzoo.values import PathText
 

@@ -11,7 +11,7 @@ class Restore(Callback):
     optimizer and its schedule start anew.
 
     Args:
-        state: of the checkpoint, see `rlzoo.checkpoints.read_state`.
+        state: of the checkpoint, see `rlzoo.models.checkpoints.read_state`.
     """
 
     def __init__(self, state: dict[str, Any]) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from lightning import LightningModule, Trainer
 
-from rlzoo.advantages import group_stats
 from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.data.rollout_files import write_rollouts
-from rlzoo.distributed import world
 from rlzoo.errors import UserError
-from rlzoo.loggers import CSVLogger
+from rlzoo.learning.advantages import group_stats
+from rlzoo.ranks.exchange import world
+from rlzoo.report.loggers import CSVLogger
 from rlzoo.rewards.base import Verdict, is_right
 from rlzoo.types import Rollouts
 from rlzoo.values import AtLeast0, PathText

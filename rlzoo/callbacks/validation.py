@@ -4,7 +4,7 @@ from lightning import LightningModule, Trainer
 
 from rlzoo.callbacks.boundary import BoundaryCallback
 from rlzoo.errors import UserError
-from rlzoo.metrics import PassMetrics
+from rlzoo.learning.metrics import PassMetrics
 from rlzoo.values import AtLeast0
 
 

@@ -7,12 +7,12 @@ import torch
 from lightning import LightningModule, Trainer
 
 from rlzoo.callbacks.boundary import BoundaryCallback
-from rlzoo.diagnosis import probe, setting_of
-from rlzoo.distributed import all_gather
-from rlzoo.doctor import on_probe
+from rlzoo.diagnosis.causes import on_probe
+from rlzoo.diagnosis.suspects import probe, setting_of
 from rlzoo.engines.base import weights_checksum
 from rlzoo.errors import UserError, check_choice
 from rlzoo.models.finite import broken_weights
+from rlzoo.ranks.exchange import all_gather
 from rlzoo.values import Positive
 
 CHECKED = 2  # syncs that check=first compares: at start, and after the engine's first sleep
@@ -48,7 +48,10 @@ class WeightSync(BoundaryCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
         refuse_broken(pl_module)  # later `Ending` sees to that
-        with data.ledger.phase("engine_start"), data.bars.phase("starting the engine", 1, "engines"):
+        with (
+            data.ledger.phase("engine_start"),
+            data.bars.phase("starting the engine", 1, "engines"),
+        ):
             data.engine.wake()
         self.sync(trainer, pl_module)
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import lightning
 
-from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError
-from rlzoo.ledger import Ledger, Limits
-from rlzoo.progress import Bars
+from rlzoo.ranks.exchange import all_gather
+from rlzoo.report.ledger import Ledger, Limits
+from rlzoo.report.progress import Bars
 
 
 class RunDataModule(lightning.LightningDataModule):
@@ -19,7 +19,7 @@ class RunDataModule(lightning.LightningDataModule):
         row: figures that the row of the step in progress will hold; callbacks add to it.
         last_row: the row written last.
         rollout_step: steps begun in the run; for supervised training, blocks of updates.
-        record: what the run's checkpoints say of its configuration, see `rlzoo.resuming`.
+        record: what the run's checkpoints say of its configuration, see `rlzoo.launch.resuming`.
         exact: False where a resume starts the optimizer anew, so that more may differ.
         asked_to_stop: a callback has set `trainer.should_stop`; the next boundary ends the run.
         ended_by: what ended the run, once it has ended; nobody is asked for it.

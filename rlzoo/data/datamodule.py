@@ -21,14 +21,13 @@ from rlzoo.data.rollout_files import read_rollouts, rollout_files
 from rlzoo.data.rollout_loader import RolloutLoader
 from rlzoo.engines.base import Engine, SamplingParams
 from rlzoo.errors import UserError, check_at_least, check_choice
-from rlzoo.ledger import Limits
 from rlzoo.models.limits import check_length, check_prompts, limits_of
-from rlzoo.progress import Bars
+from rlzoo.report.ledger import Limits
+from rlzoo.report.progress import Bars
 from rlzoo.rewards.base import Reward
 from rlzoo.rng import derive_seed
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
 from rlzoo.values import AtLeast0, AtLeast1, PathText, Positive, Seed, ShareAbove0
-
 
 log = logging.getLogger(__name__)
 

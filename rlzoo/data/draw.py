@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlzoo.data.shares import share_out
-from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Engine, Request, Response, SamplingParams
 from rlzoo.errors import UserError
-from rlzoo.ledger import Ledger
-from rlzoo.progress import Bars
+from rlzoo.ranks.exchange import all_gather, world
+from rlzoo.report.ledger import Ledger
+from rlzoo.report.progress import Bars
 from rlzoo.rewards.base import Reward, Scores, Verdict
 from rlzoo.rewards.calling import RewardCaller
 from rlzoo.rng import STREAMS, response_seed

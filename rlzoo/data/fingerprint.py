@@ -92,7 +92,9 @@ def prompts_differ(before: dict[str, Any], now: dict[str, Any], which: str) -> s
 def files_differ(before: Sequence[str] | None, now: Sequence[str] | None) -> str | None:
     """How recorded rollouts differ from those that a run began with; more at the end may come."""
     if (before is None) != (now is None):
-        return "it drew its rollouts, now replay= is set" if now else "it replayed, now it would draw"
+        return (
+            "it drew its rollouts, now replay= is set" if now else "it replayed, now it would draw"
+        )
     for i, (old, new) in enumerate(zip(before or (), now or (), strict=False)):
         if old != new:
             return f"file {i} of replay= (from 0) is another one"

@@ -9,8 +9,8 @@ import hashlib
 import logging
 from collections.abc import Sequence
 
-from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError
+from rlzoo.ranks.exchange import all_gather
 from rlzoo.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -18,9 +18,7 @@ log = logging.getLogger(__name__)
 ON_OVERLAP = ("warn", "drop", "error")
 
 
-def apart(
-    train: Sequence[Prompt], val: Sequence[Prompt], on_overlap: str = "warn"
-) -> list[Prompt]:
+def apart(train: Sequence[Prompt], val: Sequence[Prompt], on_overlap: str = "warn") -> list[Prompt]:
     """The training prompts, and a word on those that are also validated on, or stand there twice.
 
     Args:

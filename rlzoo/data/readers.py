@@ -115,8 +115,11 @@ def read_lines(file: BinaryIO, found: Content) -> Iterator[Row]:
                 continue
             row = DECODER.decode(line)
         except UnicodeDecodeError as error:
-            yield number, BadRow(
-                f"is not UTF-8 ({error}); convert the file, such as by iconv -f latin1 -t utf-8"
+            yield (
+                number,
+                BadRow(
+                    f"is not UTF-8 ({error}); convert the file, such as by iconv -f latin1 -t utf-8"
+                ),
             )
             continue
         except (ValueError, RecursionError) as error:  # not JSON, or too deep

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlzoo.errors import UserError
+from rlzoo.learning.selection import correct
 from rlzoo.rewards.base import Verdict
-from rlzoo.selection import correct
 from rlzoo.types import Prompt, Rollouts
 
 TOKENS = {  # columns that a replay needs and a reader does not
@@ -92,9 +92,7 @@ def read_rollouts(
         sampler_logprobs=[torch.tensor(row["sampler_logprobs"]) for row in rows],
         truncated=torch.tensor([row["truncated"] for row in rows], dtype=torch.bool),
         rewards=torch.tensor([row["reward"] for row in rows], dtype=torch.float32),
-        verdicts=torch.tensor(
-            [Verdict[row["verdict"].upper()] for row in rows], dtype=torch.int8
-        ),
+        verdicts=torch.tensor([Verdict[row["verdict"].upper()] for row in rows], dtype=torch.int8),
         policy_version=rows[0]["policy_version"] if rows else 0,
         rollout_step=rollout_step,
         replayed=True,

@@ -17,12 +17,12 @@ from rlzoo.data.base import RunDataModule
 from rlzoo.data.leaks import tell_shared
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import accepted
-from rlzoo.distributed import world
 from rlzoo.errors import UserError, check_choice
-from rlzoo.ledger import Limits
-from rlzoo.microbatching import Plan, collate
+from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.limits import check_examples, limits_of
-from rlzoo.progress import Bars
+from rlzoo.ranks.exchange import world
+from rlzoo.report.ledger import Limits
+from rlzoo.report.progress import Bars
 from rlzoo.rng import derive_seed
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
 from rlzoo.values import AtLeast1, PathText, Seed
@@ -255,7 +255,9 @@ class SFTDataModule(RunDataModule):
         pool, place = divmod(index, POOL)
         if self._pool[0] != pool:
             num = self.batch_size * POOL
-            chosen = (self.corpus[i % len(self.corpus)] for i in range(pool * num, (pool + 1) * num))
+            chosen = (
+                self.corpus[i % len(self.corpus)] for i in range(pool * num, (pool + 1) * num)
+            )
             self._pool = pool, sorted(chosen, key=lambda pair: len(pair[0]) + len(pair[1]))
         order = list(range(POOL))
         random.Random(derive_seed(self.seed, "sft", pool)).shuffle(order)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlzoo.microbatching import balance
+from rlzoo.learning.microbatching import balance
 
 GRAIN = 16  # pieces of a rank's share, at least; more even out lengths, and prefill more prompts
 

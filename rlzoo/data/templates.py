@@ -150,7 +150,7 @@ class PromptTemplate:
             if choice not in source:
                 raise UserError(
                     f"The tokenizer of {name} has several chat templates, {sorted(source)}, but no"
-                    f" {choice!r}. Choose one: \"data.template.arguments={{chat_template: NAME}}\"."
+                    f' {choice!r}. Choose one: "data.template.arguments={{chat_template: NAME}}".'
                 )
             source = source[choice]
         taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"kwargs"}

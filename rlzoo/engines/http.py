@@ -163,7 +163,7 @@ class Replicas:
                 if answer.status >= 400:
                     raise RuntimeError(f"{url} refuses: status {answer.status}, {text[:500]}")
                 return await answer.json(content_type=None) if text else None
-        except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
+        except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
             raise ReplicaLost(f"{type(error).__name__}: {error}") from error
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-
 _speaking = threading.Lock()
 _terminal: int | None = None  # a copy of the process's own standard error, while it is redirected
 

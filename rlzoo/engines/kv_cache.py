@@ -17,12 +17,16 @@ class SlabLayer(DynamicLayer):
         super().__init__()
         self.spare, self.length = spare, 0  # tokens of room kept when the buffer is made
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             rows, heads, new, dim = key_states.shape
             self._keys = key_states.new_empty(rows, heads, new + self.spare, dim)
-            self._values = value_states.new_empty(rows, heads, new + self.spare, value_states.shape[-1])
+            self._values = value_states.new_empty(
+                rows, heads, new + self.spare, value_states.shape[-1]
+            )
         end = self.length + key_states.shape[2]
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states

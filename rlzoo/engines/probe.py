@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlzoo.doctor import Setting, Suspect, size_of
-from rlzoo.logprobs import response_scores
-from rlzoo.microbatching import Plan, collate
+from rlzoo.diagnosis.causes import Setting, Suspect, size_of
+from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.gather import through
 from rlzoo.models.logits import vocabulary_size
+from rlzoo.models.logprobs import response_scores
 from rlzoo.types import Prompt, Rollouts
 
 SEQUENCES, LENGTH = 8, 16  # of the probe; tokens

@@ -34,11 +34,15 @@ def checked_weights(
     missing = dict(shapes)
     for name, tensor in named_tensors:
         if name not in missing:
-            raise RuntimeError(f"The engine's model has no parameter {name}, or was given it twice.")
+            raise RuntimeError(
+                f"The engine's model has no parameter {name}, or was given it twice."
+            )
         if missing.pop(name) != tensor.shape:
             raise RuntimeError(
                 f"{name} has shape {tuple(tensor.shape)}, the engine's {tuple(shapes[name])}."
             )
         yield name, tensor
     if missing:
-        raise RuntimeError(f"A weight sync left out {sorted(missing)[:3]} and {len(missing)} in all.")
+        raise RuntimeError(
+            f"A weight sync left out {sorted(missing)[:3]} and {len(missing)} in all."
+        )

@@ -140,7 +140,9 @@ class TransformersEngine:
         limit, (num, device) = params.max_response_tokens, (len(wave), self.device)
         rows = Rows(
             request=np.array([request for request, _ in wave]),
-            noise=torch.from_numpy(np.stack([uniforms(seed, limit) for _, seed in wave])).to(device),
+            noise=torch.from_numpy(np.stack([uniforms(seed, limit) for _, seed in wave])).to(
+                device
+            ),
             tokens=torch.zeros(num, limit, dtype=torch.long, device=device),
             logprobs=torch.zeros(num, limit, device=device),
             lengths=torch.zeros(num, dtype=torch.long, device=device),

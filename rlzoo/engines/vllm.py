@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version
 from rlzoo.engines.isolation import isolated
 from rlzoo.engines.shapes import checked_weights, expected_shapes
@@ -27,6 +26,7 @@ from rlzoo.engines.vllm_options import check_joined, check_options
 from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.models.limits import TokenLimits, check_length, longest_sequence
 from rlzoo.models.loading import load_config, model_directory
+from rlzoo.ranks.exchange import all_gather, world
 from rlzoo.values import AtLeast1, PathText, Positive, ShareAbove0, Text
 
 GIB = 2**30
@@ -87,7 +87,10 @@ class VLLMEngine:
     ) -> None:
         check_choice("engine.dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
         check_choice("engine.sleep_level", sleep_level, (0, 1, 2))
-        for key, value in {"max_num_seqs": max_num_seqs, "tensor_parallel": tensor_parallel}.items():
+        for key, value in {
+            "max_num_seqs": max_num_seqs,
+            "tensor_parallel": tensor_parallel,
+        }.items():
             check_at_least(f"engine.{key}", value, 1)
         if not 0 < gpu_memory_share <= 1:
             raise UserError(f"engine.gpu_memory_share must be in (0, 1], got {gpu_memory_share}.")
@@ -154,7 +157,9 @@ class VLLMEngine:
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
-            raise UserError(f"engine.options has a name that vLLM does not know: {error}.") from error
+            raise UserError(
+                f"engine.options has a name that vLLM does not know: {error}."
+            ) from error
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise UserError(self._start_problem(error)) from error
 
@@ -188,7 +193,9 @@ class VLLMEngine:
 
     def _start_problem(self, error: Exception) -> str:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        key = "engine.kv_cache_gb" if self.kv_cache_gb or not self.cuda else "engine.gpu_memory_share"
+        key = (
+            "engine.kv_cache_gb" if self.kv_cache_gb or not self.cuda else "engine.gpu_memory_share"
+        )
         mend = f"Raise {key}" if "memory" in reason.lower() else "Take engine=transformers"
         return f"vLLM could not start for {self.path}: {reason} {mend}; {self.log_file} has it all."
 

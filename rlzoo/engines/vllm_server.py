@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlzoo.distributed import all_gather, world
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version
 from rlzoo.engines.http import Replicas, key_from
 from rlzoo.engines.private_folder import PrivateFolder
@@ -28,6 +27,7 @@ from rlzoo.engines.weight_transfer import NcclTransfer, Replica, ask_replica, ch
 from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.models.limits import TokenLimits, check_length, longest_sequence, text_config
 from rlzoo.models.loading import load_config, model_directory
+from rlzoo.ranks.exchange import all_gather, world
 from rlzoo.values import AtLeast1, PathText, Positive, Text
 
 log = logging.getLogger(__name__)

@@ -107,7 +107,7 @@ def own_logprobs(policy: nn.Module, ids: Tensor, source: str) -> Tensor:
 
 
 def rlzoo_logprobs(policy: nn.Module, ids: Tensor, source: str) -> Tensor:
-    """[S, V] log-probs by backbone, head and transform, as `rlzoo.logprobs` takes them."""
+    """[S, V] log-probs by backbone, head and transform, as `rlzoo.models.logprobs` takes them."""
     with explained(policy, source, "backbone and head apart"):
         hidden = backbone_of(policy)(input_ids=ids, use_cache=False).last_hidden_state[0]
         logits = policy.get_output_embeddings()(hidden).float()

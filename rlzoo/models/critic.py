@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rlzoo.logprobs import response_hidden
 from rlzoo.models.logits import backbone_of
+from rlzoo.models.logprobs import response_hidden
 from rlzoo.types import RolloutBatch
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rlzoo.distributed import world
+from rlzoo.ranks.exchange import world
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -114,7 +114,10 @@ def set_limits(
 
 
 def check_length(
-    limits: TokenLimits, max_prompt_tokens: int, max_response_tokens: int, longest: int | None = None
+    limits: TokenLimits,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    longest: int | None = None,
 ) -> None:
     """Raises a UserError unless the longest prompt and response have positions in the model.
 

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError
 from rlzoo.models.finite import broken_weights
 from rlzoo.models.gather import is_partitioned, loading_whole
+from rlzoo.ranks.exchange import all_gather
 
 T = TypeVar("T")
 TINY = Path(__file__).parent / "tiny"  # the policy shipped with rlzoo

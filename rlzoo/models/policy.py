@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from rlzoo.checkpoints import is_checkpoint, policy_weights
 from rlzoo.errors import UserError
+from rlzoo.models.checkpoints import is_checkpoint, policy_weights
 from rlzoo.models.checks import can_be_checked, check_policy
 from rlzoo.models.gather import load_whole, loading_whole
 from rlzoo.models.limits import set_limits, text_config

@@ -262,9 +262,7 @@ def _parse_answer(answer: str) -> Parsed:
     answer = re.sub(r"\\?%", r"\\cdot\\frac{1}{100}", answer)  # antlr 4.9.3 cannot read the sign
     # The whole box or nothing: a number that stands somewhere in it is no answer.
     boxed = rf"\boxed{{{_with_gamma(answer)}}}"
-    parsed = _settled(
-        parse(boxed, (_LATEX,), extraction_mode="first_match", parsing_timeout=None)
-    )
+    parsed = _settled(parse(boxed, (_LATEX,), extraction_mode="first_match", parsing_timeout=None))
     if not _is_parsed(parsed) and (tight := _tight(answer)) != answer:
         return _parse_answer(tight)  # "a - b - c" is none to math-verify, a-b-c is
     if not are_percentages:

@@ -88,8 +88,11 @@ _RULES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         (r"^([-+]?)infinity$", r"\1\\infty"),
         (r"\^\s*(-\s*[0-9]+)", r"^{\1}"),
         # Degrees, whatever the angle; not in the argument of a function, where they mean pi/180.
-        (r"\s*(?:\^\s*\{?\s*(?:\\circ|\\degree|o)(?![a-z])\s*\}?|\\degree(?![a-z]))\s*"
-         rf"(?:(?:{_TEXT}\{{\s*)?[CF]\}}?)?\s*(?=$|[,;)\]}}])", ""),
+        (
+            r"\s*(?:\^\s*\{?\s*(?:\\circ|\\degree|o)(?![a-z])\s*\}?|\\degree(?![a-z]))\s*"
+            rf"(?:(?:{_TEXT}\{{\s*)?[CF]\}}?)?\s*(?=$|[,;)\]}}])",
+            "",
+        ),
         (rf"(?<=[0-9])\^\s*\{{?\s*(?:{_TEXT}\{{)?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}?$", ""),
         (r"(?<=[0-9])\s+(?:[cmkd]?m|ft|in|yd|mi)\s*\^\s*\{?[23]\}?$", ""),
         # An answer that is said in words or signs around a number
@@ -158,9 +161,7 @@ def _number_spelling(answer: str) -> str:
     answer = re.sub(r"^(-?\d+)\s+(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}", answer)
     power = r"[eE]([-+]?)0*(\d{1,3})(?![\w.])"
     answer = re.sub(rf"(?<![\w.\\])({_NUMBER}){power}", _scientific, answer)
-    return re.sub(
-        r"(\d+)?\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))$", _repeating, answer
-    )
+    return re.sub(r"(\d+)?\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))$", _repeating, answer)
 
 
 def _scientific(found: re.Match[str]) -> str:

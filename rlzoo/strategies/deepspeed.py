@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlzoo.algos.optimization import clip_limit
 from rlzoo.errors import UserError, check_choice
+from rlzoo.learning.optimization import clip_limit
 from rlzoo.values import AtLeast0, Positive
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,9 @@ class DeepSpeed(DeepSpeedStrategy):
         if self.zero_stage_3:
             from transformers.integrations import HfDeepSpeedConfig
 
-            held = HfDeepSpeedConfig(self.config)  # transformers looks at it through a weak reference
+            held = HfDeepSpeedConfig(
+                self.config
+            )  # transformers looks at it through a weak reference
         yield
         del held
 
@@ -151,7 +153,9 @@ class DeepSpeed(DeepSpeedStrategy):
             return
         import deepspeed
 
-        zero = {k: v for k, v in self.config["zero_optimization"].items() if k != "offload_optimizer"}
+        zero = {
+            k: v for k, v in self.config["zero_optimization"].items() if k != "offload_optimizer"
+        }
         config = {k: v for k, v in self.config.items() if k != "gradient_accumulation_steps"}
         for side in getattr(self.lightning_module, "side_models", ()):
             # An engine of its own, without optimizer, gathers the frozen model's parts.

@@ -56,7 +56,9 @@ def test_an_unsolved_prompt_gets_the_floor():
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from([0.0, *EIGHTHS]), st.floats(0, 100)), min_size=1, max_size=30),
+    st.lists(
+        st.tuples(st.sampled_from([0.0, *EIGHTHS]), st.floats(0, 100)), min_size=1, max_size=30
+    ),
     st.integers(0, 3),
     st.integers(4, 20),
     st.floats(0, 1),

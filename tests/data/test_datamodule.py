@@ -9,9 +9,9 @@ from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.data.rollout_loader import RolloutLoader
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
-from rlzoo.ledger import Limits
 from rlzoo.models.policy import load_tokenizer
-from rlzoo.progress import Bars
+from rlzoo.report.ledger import Limits
+from rlzoo.report.progress import Bars
 from rlzoo.rewards.verifier import MathReward
 from rlzoo.types import Rollouts
 from tests.conftest import make_tiny_model
@@ -153,7 +153,9 @@ def alternate(data: RolloutDataModule) -> None:
 
     def mixed(*args: object) -> Rollouts:
         rollouts = draw(*args)
-        rollouts.rewards[(rollouts.group_ids % 2 == 0) & (torch.arange(len(rollouts)) % 4 == 0)] = 1.0
+        rollouts.rewards[(rollouts.group_ids % 2 == 0) & (torch.arange(len(rollouts)) % 4 == 0)] = (
+            1.0
+        )
         return rollouts
 
     data.drawer.draw = mixed

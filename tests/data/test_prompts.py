@@ -62,9 +62,7 @@ def source(path: str | None, **options: Any) -> FilePrompts:
         ("first", [4.0], "4"),
     ],
 )
-def test_each_answer_format_finds_the_answer(
-    answer_format: str, value: Any, expected: str
-) -> None:
+def test_each_answer_format_finds_the_answer(answer_format: str, value: Any, expected: str) -> None:
     assert ANSWER_FORMATS[answer_format](value) == expected
 
 

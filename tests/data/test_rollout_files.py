@@ -35,7 +35,9 @@ def test_recorded_rollouts_are_read_back_to_the_bit(tmp_path):
     read = read_rollouts(tmp_path / "step.parquet", rollout_step=5)
     for name in ("responses", "sampler_logprobs"):
         pairs = zip(getattr(read, name), getattr(written, name), strict=True)
-        assert all(torch.equal(ours, theirs) and ours.dtype == theirs.dtype for ours, theirs in pairs)
+        assert all(
+            torch.equal(ours, theirs) and ours.dtype == theirs.dtype for ours, theirs in pairs
+        )
     for name in ("group_ids", "truncated", "rewards", "verdicts"):
         ours, theirs = getattr(read, name), getattr(written, name)
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype

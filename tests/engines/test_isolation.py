@@ -10,9 +10,8 @@ import torch
 from rlzoo.callbacks.rank_watch import say
 from rlzoo.engines.isolation import isolated
 
-def test_the_rank_watch_speaks_to_the_terminal_while_an_engine_starts(
-    tmp_path, capfd, monkeypatch
-):
+
+def test_the_rank_watch_speaks_to_the_terminal_while_an_engine_starts(tmp_path, capfd, monkeypatch):
     log = tmp_path / "vllm.log"
     monkeypatch.setattr(sys, "stderr", open(2, "w", closefd=False))  # a process's own, not pytest's
     say("before")

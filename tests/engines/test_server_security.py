@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rlzoo.configuration import conf_dir
 from rlzoo.engines.guard import RequireKey
 from rlzoo.engines.private_folder import PREFIX, PrivateFolder
 from rlzoo.engines.vllm_server import VLLMServerEngine, serve_command
 from rlzoo.engines.weight_transfer import FanOut
 from rlzoo.errors import UserError
+from rlzoo.launch.configuration import conf_dir
 from rlzoo.models.policy import TINY, load_policy
 from tests.engines.test_weight_transfer import LENGTHS, recorder, replica
 
@@ -22,7 +22,9 @@ KEY = "a key that nobody guesses"
 
 
 def make(addresses: list[str], folder: Path, **options: object) -> VLLMServerEngine:
-    return VLLMServerEngine(str(TINY), [0], addresses=addresses, folder=str(folder), **LENGTHS | options)
+    return VLLMServerEngine(
+        str(TINY), [0], addresses=addresses, folder=str(folder), **LENGTHS | options
+    )
 
 
 # --- the server's side ----------------------------------------------------------------------------
@@ -45,7 +47,9 @@ def status(path: str, client: str | None, authorization: str | None) -> int:
     return told[0]
 
 
-@pytest.mark.parametrize("path", ["/collective_rpc", "/update_weights", "/inference/v1/generate", "/"])
+@pytest.mark.parametrize(
+    "path", ["/collective_rpc", "/update_weights", "/inference/v1/generate", "/"]
+)
 def test_a_key_guards_every_path(path, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     assert status(path, "10.0.0.9", f"Bearer {KEY}") == 200

@@ -3,8 +3,8 @@ import torch
 
 from rlzoo.engines.base import Request, SamplingParams, weights_checksum
 from rlzoo.engines.transformers import TransformersEngine, draw
-from rlzoo.logprobs import response_scores
-from rlzoo.microbatching import Plan, collate
+from rlzoo.learning.microbatching import Plan, collate
+from rlzoo.models.logprobs import response_scores
 from rlzoo.types import Prompt, Rollouts
 from tests.conftest import make_tiny_model
 
@@ -13,7 +13,9 @@ PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (3, 4)]
 
 
 def make_engine(max_rows: int = 64) -> TransformersEngine:
-    engine = TransformersEngine(make_tiny_model, eos_token_ids=[0], pad_token_id=1, max_rows=max_rows)
+    engine = TransformersEngine(
+        make_tiny_model, eos_token_ids=[0], pad_token_id=1, max_rows=max_rows
+    )
     engine.load_weights(make_tiny_model(seed=3).named_parameters(), version=5)
     return engine
 

@@ -15,9 +15,9 @@ from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.engines.vllm import VLLMEngine
 from rlzoo.errors import UserError
-from rlzoo.ledger import Ledger
-from rlzoo.logprobs import response_scores
-from rlzoo.microbatching import Plan, collate
+from rlzoo.learning.microbatching import Plan, collate
+from rlzoo.models.logprobs import response_scores
+from rlzoo.report.ledger import Ledger
 from rlzoo.types import Prompt, Rollouts
 from tests.conftest import make_tiny_model
 
@@ -196,7 +196,8 @@ def test_sequences_longer_than_the_model_are_refused_before_the_start(folder):
 
 
 @pytest.mark.parametrize(
-    "option", [{"gpu_memory_share": 1.5}, {"kv_cache_gb": 0.0}, {"sleep_level": 3}, {"dtype": "int8"}]
+    "option",
+    [{"gpu_memory_share": 1.5}, {"kv_cache_gb": 0.0}, {"sleep_level": 3}, {"dtype": "int8"}],
 )
 def test_a_value_out_of_range_is_named(folder, option):
     (name,) = option

@@ -13,8 +13,8 @@ from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.decoding import CachedDecoder, RecomputingDecoder
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
-from rlzoo.gradnorms import head_gradient_norm
 from rlzoo.models.checks import check_policy, probe_ids
+from rlzoo.models.gradnorms import head_gradient_norm
 from rlzoo.models.limits import longest_sequence
 from rlzoo.models.logits import LogitTransform, transform_of
 from rlzoo.models.policy import load_policy
@@ -91,7 +91,7 @@ def test_a_masked_language_model_is_told_that_it_looks_ahead():
 @pytest.mark.parametrize("chunk", [2**25, 300])  # elements: the vocabulary whole, and in pieces
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 3.0)])
 def test_gradient_norms_follow_the_chain_rule_in_chunks(num_tokens, chunk, transform, monkeypatch):
-    monkeypatch.setattr("rlzoo.gradnorms.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("rlzoo.models.gradnorms.CHUNK_ELEMENTS", chunk)
     draw = torch.Generator().manual_seed(num_tokens)
     hidden = torch.randn(num_tokens, 16, generator=draw)
     weight = torch.randn(50, 16, generator=draw, requires_grad=True)

@@ -244,9 +244,7 @@ def trl(x: Arrays) -> Arrays:
     for batch in ("ordinary", "wild"):
         result = trl_loss(x, f"logprobs/{batch}", importance_sampling_level="sequence")
         out.update({f"gspo/{batch}/grpo/{key}": v for key, v in result.items()})
-        result = trl_loss(
-            x, f"logprobs/{batch}", loss_type="cispo", epsilon_high=1 + CLIP_HIGH
-        )
+        result = trl_loss(x, f"logprobs/{batch}", loss_type="cispo", epsilon_high=1 + CLIP_HIGH)
         out.update({f"cispo/{batch}/{key}": v for key, v in result.items()})
         result = trl_loss(
             x, "old_logprobs", "bnpo", beta=1.0, advantage=0.0, ref=x[f"ref_logprobs/{batch}"]
@@ -296,9 +294,7 @@ def trl_loss(
             accelerator=SimpleNamespace(
                 num_processes=1, gather=lambda t: t, reduce=lambda t, reduction: t
             ),
-            args=SimpleNamespace(
-                delta=delta, use_bias_correction_kl=False, steps_per_generation=1
-            ),
+            args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
             model=SimpleNamespace(training=True),
             _metrics=defaultdict(lambda: defaultdict(list)),
             _entropy_bonus_enabled=False,

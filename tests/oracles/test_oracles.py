@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlzoo.advantages import (
+from rlzoo.learning.advantages import (
     generalized_advantages,
     group_advantages,
     leave_one_out_advantages,
     whiten,
 )
-from rlzoo.losses import (
+from rlzoo.learning.length import soft_overlong_penalty
+from rlzoo.learning.losses import (
     LossOutput,
     clipped_surrogate_loss,
     clipped_weight_loss,
@@ -34,8 +35,7 @@ from rlzoo.losses import (
     truncated_importance_weights,
     value_loss,
 )
-from rlzoo.microbatching import AGGREGATIONS, token_weights
-from rlzoo.rewards.length import soft_overlong_penalty
+from rlzoo.learning.microbatching import AGGREGATIONS, token_weights
 
 MAX_LENGTH = 20
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}

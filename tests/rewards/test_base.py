@@ -13,11 +13,17 @@ from rlzoo.allocators import GVM, Dynamic
 from rlzoo.callbacks.rollout_log import rollout_figures
 from rlzoo.data.rollout_files import accepted, write_rollouts
 from rlzoo.errors import UserError
-from rlzoo.metrics import PassMetrics
+from rlzoo.learning.metrics import PassMetrics
+from rlzoo.learning.selection import (
+    best_and_worst,
+    correct,
+    mixed_groups,
+    solved_groups,
+    unsolved_groups,
+)
 from rlzoo.models.policy import load_tokenizer
 from rlzoo.rewards.base import Scores, is_right
 from rlzoo.rewards.calling import RewardCaller, make_reward
-from rlzoo.selection import best_and_worst, correct, mixed_groups, solved_groups, unsolved_groups
 from rlzoo.types import Prompt
 from tests import warm
 from tests.recorded import recorded_rollouts
@@ -148,7 +154,9 @@ def test_the_verdict_follows_the_reward_and_the_difference_is_said_once(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert caller(PROMPTS, ["x"] * 3, [False] * 3).verdicts.tolist() == [0, 1, 2]
-    assert [record.message.count("prompt p0 right and gave it 0.9") for record in caplog.records] == [1]
+    assert [
+        record.message.count("prompt p0 right and gave it 0.9") for record in caplog.records
+    ] == [1]
 
 
 def test_rewards_on_another_scale_are_taken_and_said_once(caplog):
@@ -213,5 +221,7 @@ def test_golds_without_sense_are_named_at_start_and_counted_by_step(tmp_path):
 
 def test_a_function_with_the_arguments_of_another_library_is_refused_by_name():
     node = OmegaConf.create({"_target_": "tests.rewards.graded.of_another_library"})
-    with pytest.raises(UserError, match=r"of_another_library, which needs prompts, completions\. A"):
+    with pytest.raises(
+        UserError, match=r"of_another_library, which needs prompts, completions\. A"
+    ):
         make_reward(node)

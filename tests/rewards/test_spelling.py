@@ -139,7 +139,19 @@ CONNECTIVES = [
     r" \text{, and } ", r" \mbox{ and } ", r" \mathrm{and} ", r" \text{ or } \\ ", r" \land ", r"\vee",
     "$ and $x = ", ",\n",
 ]  # fmt: skip
-SPACING = ["", " ", "\n", "\n\n", r" \, ", r" \quad ", r" \\ ", r" \hspace{1cm} ", "\n- ", "\n* ", "\n2. "]
+SPACING = [
+    "",
+    " ",
+    "\n",
+    "\n\n",
+    r" \, ",
+    r" \quad ",
+    r" \\ ",
+    r" \hspace{1cm} ",
+    "\n- ",
+    "\n* ",
+    "\n2. ",
+]
 WORDS = [r" \text{ for the first, and } ", " papers and ", " as well as ", r" \text{ or else } "]
 
 
@@ -153,13 +165,18 @@ def test_boxes_joined_by_a_connective_are_one_answer(between):
 def test_boxes_near_each_other_are_one_answer_or_the_last_is():
     for between in (*SPACING, *WORDS):
         text = rf"The solutions are $\boxed{{3}}{between}\boxed{{7}}$."
-        assert [verdict(gold, text) for gold in ("3, 7", "7", "3")] == [RIGHT, RIGHT, WRONG], between
+        assert [verdict(gold, text) for gold in ("3, 7", "7", "3")] == [RIGHT, RIGHT, WRONG], (
+            between
+        )
 
 
 @pytest.mark.parametrize(
     ("text", "readings"),
     [
-        (r"$\boxed{1} \quad \text{and} \quad \boxed{2} \quad \text{and} \quad \boxed{3}$", ("1, 2, 3",)),
+        (
+            r"$\boxed{1} \quad \text{and} \quad \boxed{2} \quad \text{and} \quad \boxed{3}$",
+            ("1, 2, 3",),
+        ),
         (", ".join(rf"$\boxed{{{i}}}$" for i in range(1, 8)), ("1, 2, 3, 4, 5, 6, 7",)),
         (r"\boxed{5} and \boxed{5}", ("5",)),
         (r"\boxed{5}. So \boxed{5}", ("5",)),
@@ -205,7 +222,9 @@ def test_a_number_survives_its_dress(value, dress):
     assert number(normalise(fraction)) == value
 
 
-@pytest.mark.parametrize("text", ["", "x", "1 2", "1/0", r"\frac{1}{0}", "1,2", "1e999999", "9" * 200])
+@pytest.mark.parametrize(
+    "text", ["", "x", "1 2", "1/0", r"\frac{1}{0}", "1,2", "1e999999", "9" * 200]
+)
 def test_what_is_no_number_is_none(text):
     assert number(text) is None
 

@@ -16,8 +16,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import rlzoo
-from rlzoo.configuration import conf_dir
 from rlzoo.errors import UserError
+from rlzoo.launch.configuration import conf_dir
 from rlzoo.rewards.math import Verdict
 from rlzoo.rewards.verifier import MathReward, VerifierPool
 from rlzoo.types import Prompt

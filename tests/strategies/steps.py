@@ -19,13 +19,13 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from rlzoo import distributed
 from rlzoo.algos import PolicyAlgorithm
 from rlzoo.callbacks.gvm import gradient_norms
 from rlzoo.engines.base import weights_checksum
-from rlzoo.ledger import Ledger
 from rlzoo.models.gather import gathered
 from rlzoo.models.policy import load_policy
+from rlzoo.ranks import exchange as distributed
+from rlzoo.report.ledger import Ledger
 from rlzoo.strategies import FSDP, DeepSpeed, ddp
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.conftest import make_tiny_model
@@ -58,7 +58,9 @@ class Case:
     checkpointing: bool = False  # recomputes activations in the backward pass
     decay: bool = False  # momentum and weight decay, which move weights without a gradient too
     precision: str = "32-true"
-    lopsided: bool = False  # all microbatches but the first are a 600th of it, lost in a sum of bfloat16
+    lopsided: bool = (
+        False  # all microbatches but the first are a 600th of it, lost in a sum of bfloat16
+    )
 
     @property
     def name(self) -> str:

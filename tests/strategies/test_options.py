@@ -38,6 +38,8 @@ def test_stage_1_keeps_its_own_optimizer():
 @pytest.mark.parametrize("why, heard", [("empty", False), ("non_finite", True), (None, True)])
 def test_zero_raises_no_alarm_of_an_update_without_anything_to_learn_from(why, heard, monkeypatch):
     monkeypatch.setattr(deepspeed, "last_skip", [why])
-    words = "[deepspeed] OVERFLOW! Skipping step. Gradients are non-finite, weights were not updated."
+    words = (
+        "[deepspeed] OVERFLOW! Skipping step. Gradients are non-finite, weights were not updated."
+    )
     record = logging.LogRecord("DeepSpeed", logging.WARNING, "", 0, words, None, None)
     assert deepspeed.is_no_false_alarm(record) == heard

@@ -88,7 +88,9 @@ def test_two_ranks_make_the_update_of_one_process(case, strategy, folder, alone)
 def test_gradient_norms_and_weights_are_read_whole_from_shards(strategy, folder, alone):
     for case in CASES:
         found, expected = torch.load(folder / f"{strategy}.pt")[case.name], alone[case.name]
-        torch.testing.assert_close(found["head_norms"], expected["head_norms"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found["head_norms"], expected["head_norms"], rtol=1e-4, atol=1e-5
+        )
         assert list(found) == list(expected)
 
 
@@ -120,7 +122,9 @@ def test_the_reference_says_of_the_same_weights_what_the_policy_says(strategy, f
 def test_lightnings_own_strategy_divides_by_the_accumulation_twice(folder, alone):
     stock = torch.load(folder / "stock.pt")
     ours, right = moved(stock, DOUBLE_DIVISION), moved(alone[DOUBLE_DIVISION.name], DOUBLE_DIVISION)
-    assert float(ours.norm() / right.norm()) == pytest.approx(1 / DOUBLE_DIVISION.accumulate, rel=1e-4)
+    assert float(ours.norm() / right.norm()) == pytest.approx(
+        1 / DOUBLE_DIVISION.accumulate, rel=1e-4
+    )
 
 
 @pytest.mark.deepspeed

@@ -3,7 +3,7 @@
 A key of conf/ is an argument of its `_target_`, spelled the same: so the annotations of that
 class, followed through its bases where it passes `**shared` on, are the schema. What has no
 `_target_` (the keys of train.yaml itself, `limits`) is listed here; Lightning's Trainer, most of
-whose arguments are not the user's to set, is in `rlzoo.trainer_keys`.
+whose arguments are not the user's to set, is in `rlzoo.launch.trainer_keys`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rlzoo.configuration import near_matches
 from rlzoo.errors import UserError
+from rlzoo.launch.configuration import near_matches
 from rlzoo.values import (
     AtLeast0,
     AtLeast1,
@@ -201,10 +201,12 @@ def of_node(cfg: DictConfig, key: str, problems: dict[str, str]) -> Iterator[tup
         return
     signature = signature_of(target)
     if key == "trainer":
-        from rlzoo.trainer_keys import ARGUMENTS, deleted, is_trainer
+        from rlzoo.launch.trainer_keys import ARGUMENTS, deleted, is_trainer
 
         if not is_trainer(target):
-            problems[f"{key}._target_"] = f"={path} is no trainer of Lightning's: lightning.Trainer."
+            problems[f"{key}._target_"] = (
+                f"={path} is no trainer of Lightning's: lightning.Trainer."
+            )
             return
         problems |= {f"{key}.{name}": "is missing: it was deleted." for name in deleted(node)}
         signature = Signature(signature.arguments | ARGUMENTS, signature.open)

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from rlzoo.columns import AVG, PASS, validated_ks
 from rlzoo.errors import UserError
+from rlzoo.report.columns import AVG, PASS, validated_ks
 
 BLUE, LIGHT_BLUE, GREEN, ORANGE = "#1f5fa8", "#7fb0de", "#3a9a5b", "#e07b28"
 GREY, DARK = "#8a8f98", "#2b2f36"
@@ -76,9 +76,7 @@ def _read_metrics(path: Path) -> dict[str, np.ndarray]:
     wanted = ["responses", "accept_rate"]
     for k in validated_ks(rows[0]):
         wanted += [f"{AVG}{k}", f"{PASS}{k}"]
-    return {
-        name: np.array([float(row.get(name) or math.nan) for row in rows]) for name in wanted
-    }
+    return {name: np.array([float(row.get(name) or math.nan) for row in rows]) for name in wanted}
 
 
 def _read_budgets(folder: Path) -> dict[int, np.ndarray]:

@@ -18,8 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from rlzoo.columns import AVG, validated_ks
-from rlzoo.whereabouts import HERE
+from rlzoo.ranks.whereabouts import HERE
+from rlzoo.report.columns import AVG, validated_ks
 
 HEADER_EVERY = 20  # step lines: the header then stays within one screen
 

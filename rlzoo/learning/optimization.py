@@ -128,7 +128,7 @@ class OptimizationModule(lightning.LightningModule):
             optimizer.zero_grad(set_to_none=True)
 
     def idle_options(self) -> dict[str, str]:
-        """Keys that cannot act, with the reason; setting one is refused (`rlzoo.idle`)."""
+        """Keys that cannot act, with the reason; setting one is refused (`rlzoo.launch.idle`)."""
         return {}
 
     def idle_on_policy(self) -> dict[str, str]:

@@ -15,7 +15,13 @@ from lightning import Trainer
 
 from rlzoo.values import AtLeast1, NonNegative, Refused, Says, fits, refuses
 
-READ = ("strategy", "accelerator", "devices", "num_nodes", "accumulate_grad_batches")  # by rlzoo too
+READ = (
+    "strategy",
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "accumulate_grad_batches",
+)  # by rlzoo too
 LIMIT = "It ends a run without closing it: use limits.max_responses, max_updates, max_seconds"
 BOUNDARY = "It does nothing here, for rlzoo validates at boundaries: use val_every"
 ROLLOUTS = "It does nothing here: data.* and datamodule.* say how much is trained on"
@@ -85,8 +91,7 @@ def deleted(node: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name, kind in ARGUMENTS.items()
-        if name not in node
-        and (name in READ or not (refuses(kind) or fits(kind, defaults[name])))
+        if name not in node and (name in READ or not (refuses(kind) or fits(kind, defaults[name])))
     ]
 
 

@@ -112,7 +112,7 @@ def check_processes(trainer: DictConfig, sweep: bool) -> None:
     """
     import torch
 
-    from rlzoo.trainer_keys import ARGUMENTS
+    from rlzoo.launch.trainer_keys import ARGUMENTS
     from rlzoo.values import misfit
 
     for key in ("devices", "num_nodes"):

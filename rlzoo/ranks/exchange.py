@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from rlzoo.whereabouts import HERE
+from rlzoo.ranks.whereabouts import HERE
 
 # The process group and the one made beside it. Torch alone keeps them: one that outlives its end,
 # until the interpreter's, may abort the process.

@@ -19,7 +19,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 
 from rlzoo.errors import UserError
-from rlzoo.ranks import register
+from rlzoo.launch.processes import register
 
 register()
 
@@ -36,7 +36,7 @@ def conf_dir() -> Path:
     Raises:
         UserError: neither is there.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     # The package's own first: a stranger's `conf` may lie beside an installed rlzoo.
     places = [package / "conf", package.parent / "conf"]
     for place in places:
@@ -71,7 +71,7 @@ def _last_part(key: str) -> str:
 def quoted_homes(overrides: Sequence[str]) -> list[str]:
     """The overrides with paths such as ~/runs/a in quotes, without which Hydra cannot read them.
 
-    `rlzoo.schema` puts the home folder in, where a setting takes a path.
+    `rlzoo.launch.schema` puts the home folder in, where a setting takes a path.
     """
     return [
         override
@@ -143,7 +143,11 @@ def _misfit_message(
         except HydraException:  # a character that Hydra's grammar has no place for
             return _syntax_message(override)
     for override in parsed:
-        if override.value() is None and not override.is_delete() and "must be a string" in str(error):
+        if (
+            override.value() is None
+            and not override.is_delete()
+            and "must be a string" in str(error)
+        ):
             return (
                 f"{override.input_line}: a config group takes the name of one of its files. To leave"
                 f" the group out, write ~{override.key_or_group}."
@@ -151,7 +155,7 @@ def _misfit_message(
         if override.is_sweep_override():
             return (
                 f"{override.input_line!r} names several values, which only a sweep can run: add"
-                f" --multirun, or quote a list as \"{override.key_or_group}=[a,b]\"."
+                f' --multirun, or quote a list as "{override.key_or_group}=[a,b]".'
             )
     if isinstance(error, MissingConfigException):
         return _missing_option_message(error, parsed)
@@ -180,9 +184,7 @@ def _missing_option_message(error: MissingConfigException, parsed: Sequence[Over
     )
 
 
-def _unknown_key_message(
-    culprit: Override, config_name: str, parsed: Sequence[Override]
-) -> str:
+def _unknown_key_message(culprit: Override, config_name: str, parsed: Sequence[Override]) -> str:
     key = culprit.key_or_group
     others = [override.input_line for override in parsed if override is not culprit]
     keys = _known_keys(config_name, others)

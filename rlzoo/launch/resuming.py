@@ -12,13 +12,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlzoo.checkpoints import data_state
-from rlzoo.configuration import overrides_given
 from rlzoo.data.fingerprint import of_file
 from rlzoo.data.rollout_files import rollout_files
 from rlzoo.errors import UserError
-from rlzoo.ledger import Ledger, Limits
+from rlzoo.launch.configuration import overrides_given
+from rlzoo.models.checkpoints import data_state
 from rlzoo.models.policy import model_directory
+from rlzoo.report.ledger import Ledger, Limits
 
 # What a key may do when a run is resumed; the first pattern that fits counts, `*` is any text.
 #   free: may change, and takes effect    rounding: likewise, but results are equal up to rounding
@@ -278,7 +278,9 @@ def reached(cfg: DictConfig, state: dict[str, Any]) -> list[str]:
     """
     data, ledger = data_state(state), Ledger()
     ledger.load_state_dict(data["ledger"])
-    limits = {name: value for name, value in vars(Limits(**cfg.limits)).items() if value is not None}
+    limits = {
+        name: value for name, value in vars(Limits(**cfg.limits)).items() if value is not None
+    }
     met = [ledger.exceeded(Limits(**{name: value})) for name, value in limits.items()]
     epochs = data.get("epoch", data["rollout_step"])
     last = cfg.trainer.get("max_epochs")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from rlzoo.distributed import all_gather
 from rlzoo.errors import UserError
+from rlzoo.ranks.exchange import all_gather
 from rlzoo.rewards.base import is_right
 
 

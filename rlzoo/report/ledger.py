@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rlzoo.errors import UserError
-from rlzoo.whereabouts import HERE
+from rlzoo.ranks.whereabouts import HERE
 
 PAID = ("train", "pilot")  # streams whose responses the budget pays for
 

@@ -35,7 +35,7 @@ FSDP_NAMES = {  # what the `.metadata` of FSDP's shards may name; they hold name
 
 
 def kind_of(path: Path) -> str:
-    """"file", "deepspeed" or "fsdp"; a ValueError for anything else."""
+    """ "file", "deepspeed" or "fsdp"; a ValueError for anything else."""
     if path.is_file():
         return "file"
     if (path / DEEPSPEED_TAG).is_dir():

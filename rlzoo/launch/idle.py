@@ -20,11 +20,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from rlzoo.configuration import overrides_given
 from rlzoo.data.sft import SFTDataModule
 from rlzoo.engines.select import why_not_vllm
 from rlzoo.errors import UserError
-from rlzoo.ranks import is_first
+from rlzoo.launch.configuration import overrides_given
+from rlzoo.launch.processes import is_first
 from rlzoo.values import shown
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,10 @@ def asked(overrides: Sequence[str] | None) -> Iterator[tuple[str, Any, bool]]:
     here = list(overrides_given() if overrides is None else overrides)
     parsed = [OverridesParser.create().parse_override(text) for text in here]
     given = dict(
-        leaf for one in parsed if not one.is_delete() for leaf in leaves(one.key_or_group, one.value())
+        leaf
+        for one in parsed
+        if not one.is_delete()
+        for leaf in leaves(one.key_or_group, one.value())
     )
     for key, value in (experiment_settings() | given).items():
         if value and value != NEUTRAL.get(key):

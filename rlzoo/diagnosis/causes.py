@@ -2,7 +2,7 @@
 
 Gaps are |trainer - engine| log-probs of the same tokens and weights, nats. Causes are told by
 evidence: what the configuration says of both sides (`Setting`), what is left of the gap when the
-trainer scores the same tokens under a suspicion (`Suspect`, from `rlzoo.diagnosis`), a probe at
+trainer scores the same tokens under a suspicion (`Suspect`, from `rlzoo.diagnosis.suspects`), a probe at
 temperature 1, and where in a response the gap lies. What nothing bears out is called unknown.
 """
 
@@ -64,7 +64,9 @@ class Probe(NamedTuple):
 
     gap: float  # mean |trainer - engine|, nats
     limit: float  # that number formats alone can explain, nats
-    found: Sequence[Suspect] = ()  # of `rlzoo.diagnosis.suspects`, if the gap is more than rounding
+    found: Sequence[
+        Suspect
+    ] = ()  # of `rlzoo.diagnosis.suspects.suspects`, if the gap is more than rounding
     same_weights: bool = False  # whether both sides' weights are known to be equal, by checksum
 
 
@@ -169,7 +171,7 @@ def likely_cause(
         probe_gap: mean gap of `rlzoo.engines.probe` at temperature 1, where it was asked for.
         probe_limit: mean gap of the probe that number formats alone can explain.
         setting: what is known of both sides.
-        found: of `rlzoo.diagnosis.suspects`.
+        found: of `rlzoo.diagnosis.suspects.suspects`.
         temperature: of the trainer's log-probs.
     """
     gaps = [gap.double() for gap in gaps if len(gap)]

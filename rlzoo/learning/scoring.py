@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlzoo.algos.optimization import OptimizationModule
-from rlzoo.distributed import all_gather, world
-from rlzoo.algos.gap import GapWatch
-from rlzoo.diagnosis import suspects
-from rlzoo.doctor import Evidence, Setting, not_finite
+from rlzoo.diagnosis.causes import Evidence, Setting, not_finite
+from rlzoo.diagnosis.gap import GapWatch
+from rlzoo.diagnosis.suspects import suspects
 from rlzoo.errors import UserError, check_at_least
-from rlzoo.logprobs import response_scores
-from rlzoo.microbatching import Plan, collate
+from rlzoo.learning.microbatching import Plan, collate
+from rlzoo.learning.optimization import OptimizationModule
 from rlzoo.models.gather import through
+from rlzoo.models.logprobs import response_scores
 from rlzoo.models.lora import adapters_off, lora_of
 from rlzoo.models.precision import as_trained
+from rlzoo.ranks.exchange import all_gather, world
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
 
@@ -184,7 +184,7 @@ class ScoringModule(OptimizationModule):
             self.check_gap(watch.rollouts)
 
     def gap(self) -> dict[str, float]:
-        """`rlzoo.doctor.gap_figures` of the rollout step so far, over all ranks; collective."""
+        """`rlzoo.diagnosis.causes.gap_figures` of the rollout step so far, over all ranks; collective."""
         return self.gap_watch.figures()
 
     def check_gap(self, rollouts: Rollouts | None = None) -> None:
@@ -211,7 +211,7 @@ class ScoringModule(OptimizationModule):
         )
 
     def cause_of_gap(self, rollouts: Rollouts | None) -> str:
-        """`rlzoo.doctor.likely_cause`, rank 0's on every rank; collective."""
+        """`rlzoo.diagnosis.causes.likely_cause`, rank 0's on every rank; collective."""
         flat = torch.cat([torch.zeros(0), *self.gap_watch.gaps])
         gaps, found = list(flat.split(2)), []  # no place in a response is known
         if rollouts is not None:

@@ -23,25 +23,25 @@ from rlzoo.callbacks.checkpoint import asynchronous_io
 from rlzoo.callbacks.doctor import Diagnosed
 from rlzoo.callbacks.ending import Ending, Postponed
 from rlzoo.callbacks.restore import Restore
-from rlzoo.checkpoints import data_state, kind_of, saved_by, whole_weights
 from rlzoo.data.base import RunDataModule
 from rlzoo.data.sft import SFTDataModule
 from rlzoo.engines.shapes import empty_model, expected_shapes
 from rlzoo.errors import UserError, check_choice
 from rlzoo.export import write as write_policy
-from rlzoo.idle import check_idle, check_idle_options
-from rlzoo.ledger import Limits
+from rlzoo.launch.idle import check_idle, check_idle_options
+from rlzoo.launch.preflight import check_parts
+from rlzoo.launch.processes import cluster_plugins, is_first, log_name
+from rlzoo.launch.resuming import check_changes, nothing_left, reached, record_of, recorded
+from rlzoo.launch.run_dir import claim, clear, describe, find_checkpoint, make
+from rlzoo.launch.schema import check_settings
+from rlzoo.launch.summary import ended, summarize
+from rlzoo.models.checkpoints import data_state, kind_of, saved_by, whole_weights
 from rlzoo.models.loading import load_config
 from rlzoo.models.lora import check_lora, lora_settings
 from rlzoo.models.policy import eos_token_ids, load_tokenizer
-from rlzoo.preflight import check_parts
-from rlzoo.progress import Bars
-from rlzoo.ranks import cluster_plugins, is_first, log_name
-from rlzoo.resuming import check_changes, nothing_left, reached, record_of, recorded
+from rlzoo.report.ledger import Limits
+from rlzoo.report.progress import Bars
 from rlzoo.rewards.calling import make_reward
-from rlzoo.run_dir import claim, clear, describe, find_checkpoint, make
-from rlzoo.schema import check_settings
-from rlzoo.summary import ended, summarize
 
 log = logging.getLogger(__name__)
 
@@ -353,6 +353,12 @@ def quieten(run_dir: Path) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.utils.logging.disable_progress_bar()
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "py.warnings"):
+    for name in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning.fabric",
+        "transformers",
+        "py.warnings",
+    ):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

@@ -16,7 +16,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from rlzoo.doctor import EXACT, Probe, Setting, Suspect
+from rlzoo.diagnosis.causes import EXACT, Probe, Setting, Suspect
 from rlzoo.engines.base import SamplingParams, weights_checksum
 from rlzoo.engines.probe import (
     PROBE_TOLERANCE,
@@ -26,10 +26,10 @@ from rlzoo.engines.probe import (
     trainer_scores,
 )
 from rlzoo.engines.transformers import truncated
-from rlzoo.logprobs import response_hidden
-from rlzoo.microbatching import Plan, collate
+from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.gather import through
 from rlzoo.models.logits import transform_of
+from rlzoo.models.logprobs import response_hidden
 from rlzoo.models.lora import adapters_off, lora_of
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
 

@@ -92,9 +92,7 @@ def response_scores(
         hidden = response_hidden(policy, batch)
     tokens = batch.response_ids[batch.response_mask]
     head = policy.get_output_embeddings()
-    scores = token_scores(
-        hidden, head, tokens, temperature, entropy_gradient, transform_of(policy)
-    )
+    scores = token_scores(hidden, head, tokens, temperature, entropy_gradient, transform_of(policy))
     return TokenScores(*(spread(score, batch.response_mask) for score in scores))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlzoo.advantages import DEGENERATE, group_stats
+from rlzoo.learning.advantages import DEGENERATE, group_stats
 from rlzoo.rewards.base import is_right
 
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from rlzoo.distributed import all_gather
-from rlzoo.doctor import gap_figures
+from rlzoo.diagnosis.causes import gap_figures
+from rlzoo.ranks.exchange import all_gather
 from rlzoo.types import Rollouts
 
 LATER = 5.0  # times the first step's gap that a later one may have, where that is over the limit
