@@ -13,10 +13,11 @@ ARGS ?=
 STAMP := .venv/.installed
 PIP_INSTALL := .venv/bin/python -m pip install --no-deps
 
-.PHONY: help venv run test test-all lock lock-cuda oracles clean
+.PHONY: help venv run lint test test-all lock lock-cuda oracles clean
 
 help:
 	@echo "make run [ARGS=\"key=value ...\"]  set up .venv and run the main job"
+	@echo "make lint                        set up .venv and check style, format and types"
 	@echo "make test                        set up .venv and run the tests that are not slow"
 	@echo "make test-all                    set up .venv and run every test"
 	@echo "make venv [PIP_ARGS=...]         set up .venv from requirements/cpu.txt"
@@ -43,6 +44,11 @@ $(STAMP): requirements/build.txt requirements/cpu.txt requirements/left_out.txt 
 
 run: venv
 	.venv/bin/python -m rlzoo.run algo=grpo sampler=gvm $(ARGS)
+
+lint: venv
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
 
 test: venv
 	.venv/bin/python -m pytest
@@ -88,5 +94,5 @@ oracles: venv
 	done
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find rlzoo conf tests -name __pycache__ -prune -exec rm -rf {} +

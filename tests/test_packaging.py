@@ -63,6 +63,7 @@ def test_the_wheel_holds_every_configuration_file(unpacked_wheel: Path) -> None:
 def test_the_wheel_holds_every_module_and_the_tiny_policy(unpacked_wheel: Path) -> None:
     package = unpacked_wheel / "rlzoo"
     assert files_under(ROOT / "rlzoo", "*.py") == files_under(package, "*.py")
+    assert (package / "py.typed").is_file()  # or another's mypy takes all of rlzoo for Any
     tiny = Path("models") / "tiny"
     assert files_under(ROOT / "rlzoo" / tiny, "*") == files_under(package / tiny, "*")
 
@@ -112,10 +113,11 @@ def requirements_of(package: str, extras: set[str]) -> list[Requirement]:
     ]
 
 
-def test_the_lock_meets_every_need_of_rlzoo_and_its_tests() -> None:
+def test_the_lock_meets_every_need_of_rlzoo_its_tests_and_its_lint() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    needs = setup["options"]["install_requires"] + setup["options.extras_require"]["test"]
+    extras = setup["options.extras_require"]
+    needs = setup["options"]["install_requires"] + extras["test"] + extras["lint"]
     lines = [line for line in needs.splitlines() if line and not line.startswith("#")]
     locked = pins("cpu.txt")
     assert len(lines) > 10
