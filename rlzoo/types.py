@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rlzoo.errors import UserError
 
-PolicyFactory = Callable[[], nn.Module]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+else:  # the verifier's workers read this file too, and need not wait for transformers
+    PreTrainedModel = nn.Module
+
+PolicyFactory = Callable[[], PreTrainedModel]
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
 
 

@@ -11,6 +11,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from rlzoo.errors import UserError, check_at_least
 from rlzoo.models.checks import check_placed
@@ -47,7 +48,7 @@ class OptimizationModule(lightning.LightningModule):
         check_at_least("algo.max_skipped_updates", max_skipped_updates, 0)
         self.policy_factory, self.optimizer_factory = policy, optimizer
         self.scheduler_factory, self.max_skipped_updates = scheduler, max_skipped_updates
-        self.policy: nn.Module | None = None
+        self.policy: PreTrainedModel | None = None
         self.kept_buffers: dict[str, Tensor] = {}  # as they were before a strategy converted them
         self.divisor = 1.0  # of the optimizer step in progress; 0: nothing trains
         self.grad_norms: list[dict[str, float]] = []  # by parameter group, before clipping

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FACTORS = ("logit_scale", "lm_head_multiplier")  # logits are multiplied by them
@@ -55,7 +55,7 @@ def transform_of(policy: nn.Module) -> LogitTransform:
     return LogitTransform(float(scale), float(caps[0]) if caps else None)
 
 
-def backbone_of(policy: nn.Module) -> nn.Module:
+def backbone_of(policy: PreTrainedModel) -> nn.Module:
     """The part of a causal model that makes its last hidden states."""
     base = policy.base_model
     if base is policy:  # where base_model_prefix names no attribute, as Llama 4's does

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from rlzoo.models.logits import (
     PLAIN,
@@ -66,7 +67,7 @@ def token_scores(
     return TokenScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def response_hidden(policy: nn.Module, batch: RolloutBatch) -> Tensor:
+def response_hidden(policy: PreTrainedModel, batch: RolloutBatch) -> Tensor:
     """[M, D] hidden states that predict the M response tokens of a microbatch, row by row.
 
     Rows are padded on the right, so causal attention alone keeps padding out of every response.
@@ -77,7 +78,7 @@ def response_hidden(policy: nn.Module, batch: RolloutBatch) -> Tensor:
 
 
 def response_scores(
-    policy: nn.Module,
+    policy: PreTrainedModel,
     batch: RolloutBatch,
     temperature: float,
     hidden: Tensor | None = None,
