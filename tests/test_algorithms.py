@@ -62,7 +62,7 @@ NAMED = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_the_credit_is_that_of_the_paper(name):
-    """algorithms.md 1.4 and 7: one right of four, all right, all wrong, a right one alone."""
+    """docs/formulas.md 6.4 and 10: one right of four, all right, all wrong, a right one alone."""
     found = credit(name, ONE_OF_FOUR, SOLVED, UNSOLVED, ALONE)
     assert found == pytest.approx(NAMED[name], abs=2e-3)
 

@@ -79,7 +79,7 @@ def test_at_the_reference_the_loss_is_log_two_and_pulls_the_pair_apart():
 
 @pytest.mark.parametrize("reference", ["iteration_start", "initial"])
 def test_the_loss_has_its_known_values(reference):
-    """algorithms.md 7: beta times the margin is 0.2."""
+    """docs/formulas.md 10: beta times the margin is 0.2."""
     options = {"beta": 0.1, "reference": reference}
     assert loss_and_gradient(1.5, -0.5, **options)[0] == pytest.approx(0.59814, abs=1e-5)
     smoothed = loss_and_gradient(1.5, -0.5, label_smoothing=0.1, **options)[0]

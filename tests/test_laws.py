@@ -1,4 +1,4 @@
-"""design.md section 5, "Loss and advantages": laws that every algorithm obeys, as its YAML has it."""
+"""docs/architecture.md, "The laws": what every algorithm obeys, as its YAML has it."""
 
 import dataclasses
 

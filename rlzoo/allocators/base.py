@@ -72,7 +72,7 @@ def round_to_total(
     """Integers near `total * shares`, within bounds, of sum exactly `total`.
 
     Each is rounded to nearest (half to even); what is over or missing is then taken from or given
-    to the entries rounded furthest the other way (algorithms.md 2.3). Bounds are kept by
+    to the entries rounded furthest the other way (docs/formulas.md 9.4). Bounds are kept by
     water-filling: entries at a bound are fixed there and the rest is shared out anew.
 
     Args:

@@ -105,7 +105,7 @@ def gradient_norms(
     temperature: float,
     max_tokens: int,
 ) -> Tensor:
-    """[len(indices)] head gradient norm of each named rollout's summed log-prob (algorithms.md 2.2).
+    """[len(indices)] head gradient norm of each rollout's summed log-prob (docs/formulas.md 9.2).
 
     Forward passes only, over rollouts of similar length together. Collective: every rank takes its
     share of the rollouts, in as many passes as the others, and returns the norms of all.

@@ -126,7 +126,7 @@ def generalized_advantages(
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with the value after
     a response's last token taken as 0 (some released code lets that of the padding leak in where
-    lam < 1; algorithms.md 1.7).
+    lam < 1; docs/formulas.md 6.6).
 
     Args:
         token_rewards: [N, T]; outcome rewards stand at the last token of a response.

@@ -116,7 +116,7 @@ def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None = None
 ) -> LossOutput:
     """Half the squared error of the critic, clipped around its values at sampling time
-    (algorithms.md 1.7): 0.5 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2).
+    (docs/formulas.md 3.6): 0.5 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2).
 
     Args:
         values: [B, T] carries gradient; of the state before each token.
@@ -145,7 +145,7 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k3")
     """Per-token estimate of KL(pi || other) from tokens of pi, nats; same shape, has gradient.
 
     With d = other_logprobs - logprobs: k1 is -d, k2 is d^2 / 2, k3 is exp(d) - d - 1 with d held
-    within [-10, 10] (algorithms.md 0.6; Schulman, "Approximating KL divergence"). As losses they
+    within [-10, 10] (docs/formulas.md 4.1; Schulman, "Approximating KL divergence"). As losses they
     differ more than as numbers: the gradient of k2 is that of the KL, the mean gradient of k1 is 0.
     """
     d = other_logprobs - logprobs

@@ -29,7 +29,7 @@ def token_weights(
     Args:
         lengths: [n] int64 response tokens.
         rollout_weights: [n] float32; 1 but for samplers that weigh rollouts (GVM).
-        aggregation: one of AGGREGATIONS (algorithms.md 0.3; fixed_length is Dr. GRPO's, which
+        aggregation: one of AGGREGATIONS (docs/formulas.md 2; fixed_length is Dr. GRPO's, which
             divides by `max_length` whatever was drawn).
         max_length: longest response allowed, tokens.
     """

@@ -26,7 +26,7 @@ def unsolved_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
 def mixed_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """[N] bool: rollouts of groups that hold right and wrong ones (Reinforce-Rej, DAPO).
 
-    A group of one is never mixed and goes; released code keeps it (algorithms.md 1.5).
+    A group of one is never mixed and goes; released code keeps it (docs/formulas.md 7.2).
     """
     stats = group_stats(rewards, group_ids)
     return is_right(stats.high) & ~is_right(stats.low)
@@ -43,7 +43,7 @@ def best_and_worst(
         rewards: [N] in [0, 1].
         group_ids: [N] int64.
         chosen_must_be_correct: False also pairs a wrong rollout with a worse one, as reference
-            code does (algorithms.md 1.8).
+            code does (docs/formulas.md 7.3).
     """
     values, members = rewards.tolist(), {}
     for i, group in enumerate(group_ids.tolist()):

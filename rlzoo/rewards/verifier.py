@@ -1,4 +1,4 @@
-"""Math rewards from a pool of worker processes that can be killed (design.md section 5).
+"""Math rewards from a pool of worker processes that can be killed (docs/verifier.md).
 
 Answers come from models and may be hostile. Each has its own wall limit and memory cap; what hits
 one costs its worker, never another answer's verdict.

@@ -75,7 +75,7 @@ def on_responses(values: Tensor) -> Tensor:
 
 
 def averaging(aggregation: str) -> tuple[Tensor, float]:
-    """([N, T] float64 token weights, divisor) as algorithms.md 0.3 defines the aggregation."""
+    """([N, T] float64 token weights, divisor) as docs/formulas.md 2 defines the aggregation."""
     mask = given("mask").double()
     rows, lengths = len(mask), mask.sum(-1, keepdim=True)
     return {
