@@ -16,6 +16,7 @@ import jinja2.meta
 from omegaconf import OmegaConf
 
 from rlzoo.errors import UserError
+from rlzoo.models.limits import check_tokenizer
 from rlzoo.types import Prompt
 
 if TYPE_CHECKING:  # prompts alone, as in the verifier's workers, need not wait for transformers
@@ -95,7 +96,7 @@ class PromptTemplate:
         if on_too_long not in ("error", "drop"):
             raise UserError(f"on_too_long must be error or drop, got {on_too_long!r}.")
         if prompts and tokenizer is not self._known:
-            check_tokenizer(tokenizer)
+            check_tokenizer(tokenizer, name_of(tokenizer))
             self.look_over(prompts, tokenizer, self.options(tokenizer))
             self._known = tokenizer
         options = self.options(tokenizer)
@@ -269,19 +270,3 @@ def shows(text: str, content: str) -> bool:
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return repr(tokenizer.name_or_path or type(tokenizer).__name__)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError unless the tokenizer can render a chat and end a response."""
-    name = name_of(tokenizer)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"The tokenizer of {name} has no chat template, so a question cannot be rendered."
-            " Choose an instruction-tuned model, or put a chat_template.jinja beside its"
-            " tokenizer files."
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"The tokenizer of {name} has no EOS token, so a response could never end."
-            " Set eos_token in its tokenizer_config.json."
-        )

@@ -21,7 +21,7 @@ from rlzoo.engines.probe import trainer_scores
 from rlzoo.engines.shapes import checked_weights
 from rlzoo.errors import UserError
 from rlzoo.models.checks import check_placed
-from rlzoo.models.lora import without_lora
+from rlzoo.models.policy import without_lora
 from rlzoo.rng import uniforms
 from rlzoo.types import PolicyFactory
 from rlzoo.values import AtLeast1, Device

@@ -71,7 +71,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def load_safely(path: Path) -> dict[str, Any]:
     with torch.serialization.safe_globals(harmless_globals()):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state
 
 
 def harmless_globals() -> list[Any]:
@@ -124,8 +125,8 @@ def data_state(state: dict[str, Any]) -> dict[str, Any]:
         if isinstance(found, dict) and {"ledger", "rollout_step"} <= found.keys():
             return found
     raise UserError(
-        "The checkpoint holds no ledger and no rollout step, so no run of rlzoo's can go on from it."
-        " Take its weights alone with init_from=CHECKPOINT."
+        "The checkpoint holds no ledger and no rollout step, so no run of rlzoo's can go on from"
+        " it. Take its weights alone with init_from=CHECKPOINT."
     )
 
 
@@ -136,8 +137,6 @@ def whole_weights(path: Path) -> dict[str, Tensor]:
         UserError: DeepSpeed wrote it and is not installed here.
     """
     kind = kind_of(path)
-    if kind == "file":
-        return load_safely(path)["state_dict"]
     if kind == "deepspeed":
         try:
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -150,10 +149,13 @@ def whole_weights(path: Path) -> dict[str, Tensor]:
         with redirect_stdout(io.StringIO()):  # what it prints is its own progress
             found = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=DEEPSPEED_TAG)
         return {name: tensor.clone() for name, tensor in found.items()}
-    read_state(path)
-    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+    state = read_state(path)
+    if kind == "fsdp":
+        from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
-    return _load_distributed_checkpoint(path)["state_dict"]
+        state = _load_distributed_checkpoint(path)
+    weights: dict[str, Tensor] = state["state_dict"]
+    return weights
 
 
 def policy_weights(path: Path) -> dict[str, Tensor]:
@@ -180,4 +182,5 @@ def saved_by(state: dict[str, Any]) -> dict[str, Any]:
             f"The checkpoint has format {mine.get('format')}, this version of rlzoo reads {FORMAT}."
             " Take its weights alone with init_from=CHECKPOINT."
         )
-    return mine["saved_by"]
+    saved: dict[str, Any] = mine["saved_by"]
+    return saved

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlzoo.errors import UserError
 from rlzoo.models.gather import is_partitioned
@@ -26,7 +27,7 @@ LOGIT_WORDS = ("logit", "lm_head", "scal", "multipl", "softcap")  # in keys of a
 
 
 @torch.no_grad()
-def check_policy(policy: nn.Module, source: str) -> None:
+def check_policy(policy: PreTrainedModel, source: str) -> None:
     """Refuses a model whose log-probs rlzoo would not get as its own `forward` has them.
 
     Two passes over a few tokens. Collective where ZeRO-3 holds the model in parts.
@@ -53,14 +54,14 @@ def check_policy(policy: nn.Module, source: str) -> None:
         raise UserError(f"{source}: {problem(policy, ids, longer, own, source)}")
 
 
-def check_placed(policy: nn.Module) -> None:
+def check_placed(policy: PreTrainedModel) -> None:
     """`check_policy` of a policy that could not run where it was loaded; collective."""
     source = vars(policy).pop("unchecked", None)
     if source is not None:
         check_policy(policy, source)
 
 
-def can_be_checked(policy: nn.Module) -> bool:
+def can_be_checked(policy: PreTrainedModel) -> bool:
     """Whether a pass can be made where the model is now: whole, with an attention of that place."""
     parameter = next(policy.parameters())
     attention = getattr(policy.config, "_attn_implementation", None) or "eager"
@@ -69,7 +70,7 @@ def can_be_checked(policy: nn.Module) -> bool:
     )
 
 
-def probe_ids(policy: nn.Module) -> Tensor:
+def probe_ids(policy: PreTrainedModel) -> Tensor:
     """[1, S] token ids spread over the vocabulary, without those that a configuration names."""
     head = vocabulary_size(policy.get_output_embeddings())
     size = min(head, getattr(text_config(policy.config), "vocab_size", None) or head)
@@ -84,14 +85,14 @@ def probe_ids(policy: nn.Module) -> Tensor:
 # --- two ways to the same log-probs --------------------------------------------------------------
 
 
-def own_logprobs(policy: nn.Module, ids: Tensor, source: str) -> Tensor:
+def own_logprobs(policy: PreTrainedModel, ids: Tensor, source: str) -> Tensor:
     """[S, V] log-probs of the model's own forward.
 
     Raises:
         UserError: it cannot be called, or what it makes is not finite.
     """
     with explained(policy, source, "its own forward"):
-        logits = policy(input_ids=ids, use_cache=False).logits[0].float()
+        logits: Tensor = policy(input_ids=ids, use_cache=False).logits[0].float()
     if not logits.isfinite().all():
         dtype = str(next(policy.parameters()).dtype).removeprefix("torch.")
         mend = (
@@ -106,7 +107,7 @@ def own_logprobs(policy: nn.Module, ids: Tensor, source: str) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def rlzoo_logprobs(policy: nn.Module, ids: Tensor, source: str) -> Tensor:
+def rlzoo_logprobs(policy: PreTrainedModel, ids: Tensor, source: str) -> Tensor:
     """[S, V] log-probs by backbone, head and transform, as `rlzoo.models.logprobs` takes them."""
     with explained(policy, source, "backbone and head apart"):
         hidden = backbone_of(policy)(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -114,7 +115,7 @@ def rlzoo_logprobs(policy: nn.Module, ids: Tensor, source: str) -> Tensor:
     return transform_of(policy)(logits).log_softmax(-1)
 
 
-def gap(policy: nn.Module, one: Tensor, other: Tensor) -> float:
+def gap(policy: PreTrainedModel, one: Tensor, other: Tensor) -> float:
     """How far log-probs of the same tokens are apart, in tolerances: of the worst token; of the
     median one in half precision, where rounding may send a token to another expert. NaN stays."""
     if one.shape != other.shape:
@@ -126,7 +127,7 @@ def gap(policy: nn.Module, one: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def mode(policy: nn.Module, training: bool) -> Iterator[None]:
+def mode(policy: PreTrainedModel, training: bool) -> Iterator[None]:
     """Within it, the model trains or is evaluated; afterwards each part is as it was."""
     before = {module: module.training for module in policy.modules()}
     policy.train(training)
@@ -141,7 +142,7 @@ def mode(policy: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def explained(policy: nn.Module, source: str, what: str) -> Iterator[None]:
+def explained(policy: PreTrainedModel, source: str, what: str) -> Iterator[None]:
     """Makes whatever a family's code raises a message that names the family."""
     try:
         yield
@@ -157,7 +158,7 @@ def explained(policy: nn.Module, source: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def problem(policy: nn.Module, ids: Tensor, longer: Tensor, own: Tensor, source: str) -> str:
+def problem(policy: PreTrainedModel, ids: Tensor, longer: Tensor, own: Tensor, source: str) -> str:
     """Why log-probs are not those of the model's own forward."""
     family = type(policy).__name__
     with mode(policy, training=False):
@@ -177,7 +178,7 @@ def problem(policy: nn.Module, ids: Tensor, longer: Tensor, own: Tensor, source:
     )
 
 
-def head_problem(policy: nn.Module, same: Tensor, own: Tensor) -> str:
+def head_problem(policy: PreTrainedModel, same: Tensor, own: Tensor) -> str:
     config = text_config(policy.config).to_dict()
     said = {k: v for k, v in config.items() if any(w in k for w in LOGIT_WORDS) and v is not None}
     listed = ", ".join(f"{key}={value}" for key, value in said.items()) or "nothing of it"

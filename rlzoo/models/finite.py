@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlzoo.ranks.exchange import world
 
@@ -35,7 +36,7 @@ def broken_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 def own_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: all of it, unless it is sharded."""
-    if not hasattr(tensor, "ds_tensor"):
-        return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # FSDP's
-    part = tensor.ds_tensor.flatten()  # ZeRO-3's; the last one ends in memory nobody has written
-    return part[: max(0, tensor.ds_numel - world()[0] * part.numel())]
+    if hasattr(tensor, "ds_tensor") and hasattr(tensor, "ds_numel"):  # ZeRO-3's
+        part: Tensor = tensor.ds_tensor.flatten()  # the last one ends in memory nobody has written
+        return part[: max(0, tensor.ds_numel - world()[0] * part.numel())]
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # FSDP's

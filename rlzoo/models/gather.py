@@ -40,6 +40,12 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Also where ZeRO-3 holds it in parts."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
+
+
 def gathered_in_place(
     parameters: Iterable[Tensor], modify: bool = False
 ) -> AbstractContextManager[None]:
@@ -53,7 +59,9 @@ def gathered_in_place(
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if modify else None)
+    rank = 0 if modify else None
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parts, rank)
+    return context
 
 
 def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -67,7 +75,7 @@ def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
         module.load_state_dict(state)
         return
     for name, tensor in state.items():
-        shape = getattr(own.get(name), "ds_shape", getattr(own.get(name), "shape", None))
+        shape = whole_shape(own[name]) if name in own else None
         if shape != tensor.shape:
             raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, the model's is {shape}")
         with torch.no_grad(), gathered_in_place([own[name]], modify=True):
@@ -100,6 +108,7 @@ def through(module: nn.Module, function: Callable[..., T], *arguments: Any) -> T
     own = module.forward
     module.forward = function
     try:
-        return module(*arguments)
+        found: T = module(*arguments)
+        return found
     finally:
         module.forward = own

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlzoo.errors import UserError
 from rlzoo.types import Prompt
+
+if TYPE_CHECKING:  # prompts alone need not wait for transformers
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,24 @@ class TokenLimits(NamedTuple):
     longest: int | None  # tokens of a sequence
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises a UserError unless the tokenizer can render a chat and end a response.
+
+    Args:
+        name: of what it is the tokenizer of.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {name} has no end-of-sequence token, so no response could ever end."
+            " Set eos_token in its tokenizer_config.json."
+        )
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"The tokenizer of {name} has no chat template, so prompts cannot be rendered. Choose"
+            " an instruction-tuned model, or add chat_template.jinja to its directory."
+        )
+
+
 def limits_of(tokenizer: PreTrainedTokenizerBase) -> TokenLimits:
     """What `load_tokenizer` found; nothing is limited for a tokenizer from elsewhere."""
     return getattr(tokenizer, "token_limits", TokenLimits("the model", None, None))
@@ -131,9 +151,9 @@ def check_length(
             f"datamodule.max_prompt_tokens={max_prompt_tokens}{there} plus"
             f" datamodule.max_response_tokens={max_response_tokens} is {asked}, but"
             f" {limits.path} takes sequences of at most {limits.longest} tokens. Lower one of the"
-            " two. (It says so in its config.json: rope_scaling there extends rotary positions; beyond"
-            " the first length of rope_type dynamic and longrope, early tokens would be scored with"
-            " other frequencies than they were drawn with.)"
+            " two. (It says so in its config.json: rope_scaling there extends rotary positions;"
+            " beyond the first length of rope_type dynamic and longrope, early tokens would be"
+            " scored with other frequencies than they were drawn with.)"
         )
 
 

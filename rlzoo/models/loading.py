@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlzoo.errors import UserError
 from rlzoo.models.finite import broken_weights
@@ -77,7 +77,7 @@ def load_config(
         UserError: none there, one that transformers cannot read, or of quantised weights.
     """
     directory, source = model_directory(path, key), f"{key}={path}"
-    config = told(
+    config: PretrainedConfig = told(
         source, lambda: AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     )
     for part in (config, config.get_text_config()):
@@ -100,7 +100,7 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
     key: str = "model.path",
-) -> nn.Module:
+) -> PreTrainedModel:
     """A causal language model whose weights are all in its files and finite.
 
     Raises:
@@ -110,13 +110,13 @@ def load_model(
     load_config(path, trust_remote_code, key)
     directory, source = model_directory(path, key), f"{key}={path}"
 
-    def load(**where: Any) -> tuple[nn.Module, dict[str, Any]]:
-        return AutoModelForCausalLM.from_pretrained(
+    def load(**where: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value]  # see below
             directory,
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+            output_loading_info=True,  # so that a pair is returned
             ignore_mismatched_sizes=True,  # `check_names` refuses them, by name
             **where,
         )
@@ -138,7 +138,7 @@ def loads_in_parts() -> bool:
     """Whether ZeRO-3 is about to hold what is loaded in parts."""
     from transformers.integrations import deepspeed as integration
 
-    return integration.is_deepspeed_zero3_enabled()
+    return bool(integration.is_deepspeed_zero3_enabled())
 
 
 def check_names(found: dict[str, Any], model: nn.Module, source: str) -> None:
@@ -174,7 +174,7 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + rest
 
 
-def check_tied(policy: nn.Module, directory: Path, source: str) -> None:
+def check_tied(policy: PreTrainedModel, directory: Path, source: str) -> None:
     """Refuses two weights in the files for what config.json ties. transformers would leave them
     apart; whatever is built from the same config.json (an engine, an export) would not."""
     tied = getattr(policy, "_tied_weights_keys", None)
@@ -194,7 +194,7 @@ def check_tied(policy: nn.Module, directory: Path, source: str) -> None:
             )
 
 
-def check_finite(policy: nn.Module, source: str) -> None:
+def check_finite(policy: PreTrainedModel, source: str) -> None:
     """Raises a UserError that names weights with NaN or infinite values. Collective where ZeRO-3
     holds the model in parts."""
     bad = broken_weights(policy.named_parameters())
@@ -207,19 +207,18 @@ def check_finite(policy: nn.Module, source: str) -> None:
         )
 
 
-def check_padding_row(policy: nn.Module, directory: Path, source: str) -> None:
+def check_padding_row(policy: PreTrainedModel, directory: Path, source: str) -> None:
     """Refuses a family that zeroes a loaded embedding's padding row (youtu in transformers 5.19):
     padding may be a token that is drawn."""
     embedding = policy.get_input_embeddings()
     padding = getattr(embedding, "padding_idx", None)
-    if padding is None or is_partitioned(embedding.weight):
+    if padding is None or is_partitioned(weight := embedding.get_parameter("weight")):
         return
-    name = next(name for name, p in policy.named_parameters() if p is embedding.weight)
+    name = next(name for name, p in policy.named_parameters() if p is weight)
     row = stored(directory, name, slice(padding, padding + 1))
     if row is None:
         return
-    row = row.to(embedding.weight)
-    if not torch.equal(row[0], embedding.weight[padding].detach()):
+    if not torch.equal(row.to(weight)[0], weight[padding].detach()):
         raise UserError(
             f"{source}: transformers loads {type(policy).__name__} with another embedding of token"
             f" {padding} (pad_token_id) than its file has. Choose another family or version of it."
@@ -237,7 +236,7 @@ def stored(directory: Path, name: str, rows: slice = slice(None)) -> Tensor | No
         return weights.get_slice(name)[rows] if name in weights.keys() else None
 
 
-def freeze_other_parts(policy: nn.Module) -> None:
+def freeze_other_parts(policy: PreTrainedModel) -> None:
     """Freezes what text never passes through (a vision tower), so that no rank waits for it."""
     if policy.config.get_text_config() is policy.config:
         return

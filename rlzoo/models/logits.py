@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+from rlzoo.models.gather import whole_shape
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FACTORS = ("logit_scale", "lm_head_multiplier")  # logits are multiplied by them
@@ -40,7 +41,7 @@ class LogitTransform(NamedTuple):
 PLAIN = LogitTransform()
 
 
-def transform_of(policy: nn.Module) -> LogitTransform:
+def transform_of(policy: PreTrainedModel) -> LogitTransform:
     """What a model's configuration says of its logits; PLAIN for a module without one."""
     config = getattr(policy, "config", None)
     if not isinstance(config, PretrainedConfig):
@@ -65,13 +66,9 @@ def backbone_of(policy: PreTrainedModel) -> nn.Module:
 
 def hidden_size(head: nn.Module) -> int:
     """D of the hidden states that a head takes, also where its weight is sharded."""
-    return getattr(head, "in_features", None) or _shape(head.weight)[-1]
+    return getattr(head, "in_features", None) or whole_shape(head.get_parameter("weight"))[-1]
 
 
 def vocabulary_size(head: nn.Module) -> int:
     """V of the logits that a head makes, also where its weight is sharded."""
-    return getattr(head, "out_features", None) or _shape(head.weight)[0]
-
-
-def _shape(weight: Tensor) -> torch.Size:
-    return getattr(weight, "ds_shape", weight.shape)
+    return getattr(head, "out_features", None) or whole_shape(head.get_parameter("weight"))[0]

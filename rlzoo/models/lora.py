@@ -8,18 +8,18 @@ trained model is not changed for it, since adding and taking away again leaves r
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlzoo.errors import UserError, check_at_least
 from rlzoo.models.gather import gathered, gathered_in_place, whole
-from rlzoo.types import PolicyFactory
 
 DEFAULTS = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 NAME = "default"  # peft's name for a model's only adapter
@@ -58,7 +58,7 @@ def lora_settings(lora: object) -> dict[str, Any]:
     return settings
 
 
-def target_names(policy: nn.Module, target_modules: str | list[str]) -> list[str]:
+def target_names(policy: PreTrainedModel, target_modules: str | list[str]) -> list[str]:
     """Full names of the linear layers that get an adapter; "all-linear" is all but the output head.
 
     A name stands for every layer whose own name it is, or ends in: q_proj, self_attn.q_proj.
@@ -89,7 +89,7 @@ def target_names(policy: nn.Module, target_modules: str | list[str]) -> list[str
     return list(found)
 
 
-def check_lora(lora: object, policy: nn.Module) -> dict[str, Any]:
+def check_lora(lora: object, policy: PreTrainedModel) -> dict[str, Any]:
     """`lora_settings`, once they are known to fit.
 
     Args:
@@ -122,7 +122,7 @@ class TrainingDropout(nn.Dropout):
         return super().forward(x) if torch.is_grad_enabled() else x
 
 
-def add_lora(policy: nn.Module, lora: object) -> None:
+def add_lora(policy: PreTrainedModel, lora: object) -> None:
     """Puts adapters into a policy, in place, and freezes everything else.
 
     Adapters are float32 whatever the policy is, as an optimizer needs them. They start as no change
@@ -148,32 +148,21 @@ def add_lora(policy: nn.Module, lora: object) -> None:
         layer.lora_B.float()
         if settings["dropout"] > 0:
             layer.lora_dropout[NAME] = TrainingDropout(settings["dropout"])
-    policy.lora = settings
+    vars(policy)["lora"] = settings
 
 
-def lora_of(policy: nn.Module) -> dict[str, Any] | None:
+def lora_of(policy: PreTrainedModel) -> dict[str, Any] | None:
     """The settings that a policy's adapters were made with; None where it has none."""
     return getattr(policy, "lora", None)
 
 
-def lora_layers(policy: nn.Module) -> Iterator[nn.Module]:
+def lora_layers(policy: PreTrainedModel) -> Iterator[Any]:
+    """Those of peft, a LoraLayer each."""
     return (m for m in policy.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer"))
 
 
-def without_lora(policy: PolicyFactory) -> PolicyFactory:
-    """Builds the same model without adapters; an engine is given merged weights."""
-    if not isinstance(policy, functools.partial) or policy.keywords.get("lora") is None:
-        return policy
-    from rlzoo.models.policy import load_frozen, load_policy
-
-    if policy.func is not load_policy:
-        return functools.partial(policy, lora=None)
-    kept = {k: v for k, v in policy.keywords.items() if k not in ("lora", "gradient_checkpointing")}
-    return functools.partial(load_frozen, *policy.args, **kept)
-
-
 @contextmanager
-def adapters_off(policy: nn.Module) -> Iterator[nn.Module]:
+def adapters_off(policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Within it, a policy with adapters is the model that it was before.
 
     peft's own switch also clears requires_grad, which sharding strategies have already read; hence
@@ -211,7 +200,7 @@ def merged(named: Mapping[str, Tensor], scale: float) -> Iterator[tuple[str, Ten
             continue
         layer, _, kind = name.rpartition(".base_layer.")
         a, b = (named.get(f"{layer}.lora_{x}.{NAME}.weight") for x in "AB")
-        if kind != "weight" or a is None:
+        if kind != "weight" or a is None or b is None:
             yield from gathered([(f"{layer}.{kind}" if layer else name, weight)])
             continue
         with torch.no_grad(), gathered_in_place([weight, a, b]):
@@ -221,14 +210,14 @@ def merged(named: Mapping[str, Tensor], scale: float) -> Iterator[tuple[str, Ten
         yield f"{layer}.weight", found
 
 
-def whole_weights_of(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def whole_weights_of(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """A policy's parameters, whole, adapters merged; see `gathered` and `merged`."""
     named = dict(policy.named_parameters())
     lora = lora_of(policy)
     return merged(named, lora["alpha"] / lora["r"]) if lora else gathered(named.items())
 
 
-def save_adapter(policy: nn.Module, folder: Path, keep: bool) -> None:
+def save_adapter(policy: PreTrainedModel, folder: Path, keep: bool) -> None:
     """Writes the adapters alone, as peft does: `PeftModel.from_pretrained(base, folder)`.
 
     Args:
@@ -239,7 +228,7 @@ def save_adapter(policy: nn.Module, folder: Path, keep: bool) -> None:
         write_adapter(policy, folder, state)
 
 
-def adapter_weights(policy: nn.Module, keep: bool) -> dict[str, Tensor]:
+def adapter_weights(policy: PreTrainedModel, keep: bool) -> dict[str, Tensor]:
     """The adapters, whole, by peft's names; none of a policy without. Collective, as above."""
     adapters = ((n, p) for n, p in policy.named_parameters() if is_adapter(n))
     return {
@@ -249,8 +238,6 @@ def adapter_weights(policy: nn.Module, keep: bool) -> dict[str, Tensor]:
     }
 
 
-def write_adapter(policy: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
+def write_adapter(policy: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:
     policy.peft_config[NAME].save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 
-from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 NOISY = ("drop", "jitter")  # in the names of rates: attn_pdrop, layerdrop, router_jitter_noise
 
 
-def switch_off_noise(policy: nn.Module) -> None:
+def switch_off_noise(policy: PreTrainedModel) -> None:
     """Sets every rate of dropout, dropped layers and router jitter to 0, in place.
 
     Rates that a forward pass reads from the configuration are 0 in a copy that the parts hold;
@@ -29,7 +28,7 @@ def switch_off_noise(policy: nn.Module) -> None:
             setattr(module, name, 0.0)
         config = vars(module).get("config")
         if isinstance(config, PretrainedConfig) and module is not policy:
-            module.config = quiet.setdefault(id(config), without_noise(config))
+            vars(module)["config"] = quiet.setdefault(id(config), without_noise(config))
 
 
 def without_noise(config: PretrainedConfig) -> PretrainedConfig:

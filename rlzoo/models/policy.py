@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -9,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from rlzoo.errors import UserError
 from rlzoo.models.checkpoints import is_checkpoint, policy_weights
 from rlzoo.models.checks import can_be_checked, check_policy
-from rlzoo.models.gather import load_whole, loading_whole
-from rlzoo.models.limits import set_limits, text_config
+from rlzoo.models.gather import load_whole, loading_whole, whole_shape
+from rlzoo.models.limits import check_tokenizer, set_limits, text_config
 from rlzoo.models.loading import (
     TINY,
     check_finite,
@@ -28,6 +29,7 @@ from rlzoo.models.loading import (
 )
 from rlzoo.models.lora import add_lora
 from rlzoo.models.noise import switch_off_noise
+from rlzoo.types import PolicyFactory
 
 __all__ = ["TINY", "load_policy", "load_tokenizer", "model_directory"]
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ def load_policy(
     trust_remote_code: bool = False,
     init_from: str | None = None,
     lora: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> PreTrainedModel:
     """A causal language model, ready to be trained.
 
     Args:
@@ -86,7 +88,7 @@ def load_frozen(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
     init_from: str | None = None,
-) -> nn.Module:
+) -> PreTrainedModel:
     """The same model as `load_policy`, for an engine: without adapters, in any dtype."""
     policy = load_model(
         path,
@@ -102,11 +104,21 @@ def load_frozen(
     if can_be_checked(policy):
         check_policy(policy, source)
     else:
-        policy.unchecked = source  # until its strategy has placed it
+        vars(policy)["unchecked"] = source  # until its strategy has placed it
     return policy
 
 
-def enable_checkpointing(policy: nn.Module, source: str) -> None:
+def without_lora(policy: PolicyFactory) -> PolicyFactory:
+    """Builds the same model without adapters; an engine is given merged weights."""
+    if not isinstance(policy, functools.partial) or policy.keywords.get("lora") is None:
+        return policy
+    if policy.func is not load_policy:
+        return functools.partial(policy, lora=None)
+    kept = {k: v for k, v in policy.keywords.items() if k not in ("lora", "gradient_checkpointing")}
+    return functools.partial(load_frozen, *policy.args, **kept)
+
+
+def enable_checkpointing(policy: PreTrainedModel, source: str) -> None:
     try:
         policy.gradient_checkpointing_enable()
     except ValueError as error:
@@ -116,7 +128,7 @@ def enable_checkpointing(policy: nn.Module, source: str) -> None:
         ) from error
 
 
-def load_weights(policy: nn.Module, source: str, trust_remote_code: bool = False) -> None:
+def load_weights(policy: PreTrainedModel, source: str, trust_remote_code: bool = False) -> None:
     """Copies weights into a policy from a checkpoint, sharded or not, or from a model directory.
 
     Raises:
@@ -146,20 +158,19 @@ def checkpoint_weights(path: Path, source: str) -> dict[str, Tensor]:
     except Exception as error:
         raise UserError(
             f"init_from={source} is no checkpoint of rlzoo's that can be read"
-            f" ({type(error).__name__}: {first_line(error)[:200]}). Give a .ckpt of a run, which may"
-            " have been cut short, or a model directory."
+            f" ({type(error).__name__}: {first_line(error)[:200]}). Give a .ckpt of a run, which"
+            " may have been cut short, or a model directory."
         ) from error
 
 
-def check_state(policy: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def check_state(policy: PreTrainedModel, state: Mapping[str, Tensor], source: str) -> None:
     """Raises a UserError unless a state has the policy's weights, all of them and no others."""
     own = policy.state_dict(keep_vars=True)
-    shape = lambda t: tuple(getattr(t, "ds_shape", t.shape))  # noqa: E731
     shared = own.keys() & state.keys()
     faults = {
         "lacks": own.keys() - state.keys(),
         "has also": state.keys() - own.keys(),
-        "has another shape of": [n for n in shared if shape(own[n]) != shape(state[n])],
+        "has another shape of": [n for n in shared if whole_shape(own[n]) != whole_shape(state[n])],
         "has two values for what the model ties:": untied(own, state),
     }
     told_of = [f"it {what} {some(names)}" for what, names in faults.items() if names]
@@ -183,7 +194,7 @@ def untied(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def compare_configs(policy: nn.Module, other: nn.Module, source: str) -> None:
+def compare_configs(policy: PreTrainedModel, other: PreTrainedModel, source: str) -> None:
     """Refuses another architecture; says what else differs, since weights alone are taken."""
     if type(policy) is not type(other):
         raise UserError(
@@ -217,16 +228,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={path} has no tokenizer: {first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"The tokenizer of model.path={path} has no end-of-sequence token, so no response"
-            " could ever end. Set eos_token in its tokenizer_config.json."
-        )
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"The tokenizer of model.path={path} has no chat template, so prompts cannot be"
-            " rendered. Add chat_template.jinja to its directory."
-        )
+    check_tokenizer(tokenizer, f"model.path={path}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_limits(tokenizer, load_config(path, trust_remote_code), path)

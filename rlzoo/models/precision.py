@@ -6,13 +6,14 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlzoo.models.gather import is_partitioned
 
 DTYPES = {"64": torch.float64, "16": torch.float16, "bf16": torch.bfloat16}  # by Lightning's names
 
 
-def as_trained(model: nn.Module, trainer: Trainer | None) -> nn.Module:
+def as_trained(model: PreTrainedModel, trainer: Trainer | None) -> PreTrainedModel:
     """A frozen model with the very weights that the policy's own passes compute with, in place.
 
     Lightning and DeepSpeed convert the module that is trained and nothing beside it: a reference
@@ -21,9 +22,11 @@ def as_trained(model: nn.Module, trainer: Trainer | None) -> nn.Module:
     weights throughout. Autocast halves the weights of linear layers alone, at each call; here they
     are halved once, which changes no digit, and norms and embeddings stay as they are.
     """
-    name, _, kind = str(getattr(trainer, "precision", "32-true")).partition("-")
+    name, _, kind = str(trainer.precision if trainer else "").partition("-")
     dtype = DTYPES.get(name)
-    if dtype is None or any(map(is_partitioned, model.parameters())):  # ZeRO-3's engine converts
+    if (
+        not trainer or not dtype or any(map(is_partitioned, model.parameters()))
+    ):  # ZeRO-3's engine converts
         return model
     kept: list[nn.Parameter] = []
     if kind != "true" and autocasts(trainer):

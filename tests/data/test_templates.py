@@ -115,7 +115,7 @@ def test_a_tokenizer_without_chat_template_is_an_error(tokenizer: PreTrainedToke
 
 def test_a_tokenizer_without_eos_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="no EOS token"):
+    with pytest.raises(UserError, match="no end-of-sequence token"):
         PromptTemplate().encode(prompts("2 + 2?"), tokenizer, max_prompt_tokens=500)
 
 
