@@ -8,6 +8,14 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
 def check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise UserError(f"{key} must be one of {', '.join(map(str, choices))}; got {value!r}.")

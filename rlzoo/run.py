@@ -16,7 +16,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, one_line
 from rlzoo.launch.configuration import check_overrides, conf_dir, quoted_homes
 from rlzoo.launch.processes import check_processes, port_in_use, run_name
 from rlzoo.launch.schema import check_settings
@@ -81,17 +81,17 @@ def explain(error: BaseException, cfg: DictConfig) -> str | None:
             )
         if isinstance(cause, OSError) and cause.errno in READ_ONLY and inside(cause, cfg):
             return (
-                f"The run directory can no longer be written to: {cause}. {what_stands(cfg)} Make it"
-                f" writable and go on with run_dir={cfg.run_dir} ckpt_path=last."
+                f"The run directory can no longer be written to: {cause}. {what_stands(cfg)} Make"
+                f" it writable and go on with run_dir={cfg.run_dir} ckpt_path=last."
             )
         if "EADDRINUSE" in str(cause):
             return port_in_use(os.environ.get("MASTER_PORT", "that was chosen"))
         if type(cause).__name__ == "MisconfigurationException":
-            return f"Lightning cannot run this: {one_line(str(cause))}"
+            return f"Lightning cannot run this: {one_line(cause)}"
         if "unexpected keyword argument" in str(cause) and isinstance(
             error, InstantiationException
         ):
-            return f"A key that its class does not take: {one_line(str(error))}"
+            return f"A key that its class does not take: {one_line(error)}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, (InstantiationException, OmegaConfBaseException)):
         return str(error)
@@ -107,10 +107,6 @@ def inside(error: OSError, cfg: DictConfig) -> bool:
 def is_submitit(launcher: str) -> bool:
     """Whether a launcher is submitit's, or a class made from it."""
     return any("submitit" in base.__module__ for base in get_class(launcher).__mro__)
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def what_stands(cfg: DictConfig) -> str:

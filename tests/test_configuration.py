@@ -114,7 +114,8 @@ def test_the_packages_own_conf_is_found_before_one_beside_it(
 ) -> None:
     package = tmp_path / "site" / "rlzoo"
     package.mkdir(parents=True)
-    monkeypatch.setattr(rlzoo.launch.configuration, "__file__", str(package / "configuration.py"))
+    file = package / "launch" / "configuration.py"
+    monkeypatch.setattr(rlzoo.launch.configuration, "__file__", str(file))
     with pytest.raises(UserError, match="installation of rlzoo is incomplete"):
         conf_dir()
     beside, inside = tmp_path / "site" / "conf", package / "conf"

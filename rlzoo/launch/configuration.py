@@ -2,8 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -18,12 +19,15 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, one_line
 from rlzoo.launch.processes import register
 
 register()
 
 HOME = re.compile(r"(?<=[=,\[:])~[^\s,\[\]{}()=:]*")  # a path of the home folder in an override
+RENAMED: dict[
+    str, str
+] = {}  # keys as they were: as they are, for command lines and files from then
 MIN_LIKENESS = 0.7  # of two names, by difflib's ratio, for one to be offered for the other
 
 
@@ -115,7 +119,7 @@ def check_overrides(
             raise UserError(_misfit_message(error, config_name, overrides)) from error
         except yaml.YAMLError as error:
             raise UserError(f"A configuration file is not valid YAML: {error}") from error
-    run_dir = OmegaConf.to_container(cfg, resolve=False).get("run_dir", "none")
+    run_dir = plain(cfg, resolve=False).get("run_dir", "none")
     if not isinstance(run_dir, str) or not run_dir.strip():
         raise UserError(f"run_dir must be text, not empty, got {run_dir!r}: name a directory.")
 
@@ -137,20 +141,17 @@ def _misfit_message(
 ) -> str:
     """The message for overrides that can be read but do not fit the configuration."""
     parser, parsed = OverridesParser.create(), []
-    for override in overrides:
+    for text in overrides:
         try:
-            parsed.append(parser.parse_override(override))
+            parsed.append(parser.parse_override(text))
         except HydraException:  # a character that Hydra's grammar has no place for
-            return _syntax_message(override)
+            return _syntax_message(text)
+    no_text = "must be a string" in str(error)
     for override in parsed:
-        if (
-            override.value() is None
-            and not override.is_delete()
-            and "must be a string" in str(error)
-        ):
+        if no_text and override.value() is None and not override.is_delete():
             return (
-                f"{override.input_line}: a config group takes the name of one of its files. To leave"
-                f" the group out, write ~{override.key_or_group}."
+                f"{override.input_line}: a config group takes the name of one of its files. To"
+                f" leave the group out, write ~{override.key_or_group}."
             )
         if override.is_sweep_override():
             return (
@@ -162,8 +163,8 @@ def _misfit_message(
     culprits = [override for override in parsed if f"'{override.key_or_group}'" in str(error)]
     if isinstance(error, ConfigCompositionException) and culprits and _changes(culprits[0]):
         return _unknown_key_message(culprits[0], config_name, parsed)
-    given, reason = " ".join(overrides), " ".join(str(error).split())
-    return f"The configuration {config_name!r} cannot be composed from {given!r}: {reason}"
+    given = " ".join(overrides)
+    return f"The configuration {config_name!r} cannot be composed from {given!r}: {one_line(error)}"
 
 
 def _changes(override: Override) -> bool:
@@ -175,29 +176,29 @@ def _missing_option_message(error: MissingConfigException, parsed: Sequence[Over
     asked = [override for override in parsed if override.key_or_group == group]
     if not asked or not error.options:
         # A config file's own defaults list, or the primary config, names what is not there.
-        return " ".join(str(error).split())
+        return one_line(error)
     near = near_matches(option, error.options)
     return (
         f"{asked[0].input_line}: there is no {option!r} in the config group {group!r}."
-        f"{_did_you_mean(f'{group}={name}' for name in near)}"
+        f"{did_you_mean(f'{group}={name}' for name in near)}"
         f" It has: {', '.join(sorted(error.options))}."
     )
 
 
 def _unknown_key_message(culprit: Override, config_name: str, parsed: Sequence[Override]) -> str:
     key = culprit.key_or_group
-    others = [override.input_line for override in parsed if override is not culprit]
+    others = [str(override.input_line) for override in parsed if override is not culprit]
     keys = _known_keys(config_name, others)
     if not key.startswith("hydra"):
         keys = [name for name in keys if name.split(".")[0] != "hydra"]
-    near = near_matches(key, keys)
+    near = [RENAMED[key]] if key in RENAMED else near_matches(key, keys)
     add = ""
     if not culprit.is_delete():
         near = [f"{name}={culprit.get_value_element_as_str()}" for name in near]
         add = f" To add a new key, write +{culprit.input_line}."
     return (
         f"{culprit.input_line}: there is no key or config group {key!r} in the configuration"
-        f" {config_name!r}.{_did_you_mean(near)}{add}"
+        f" {config_name!r}.{did_you_mean(near)}{add}"
     )
 
 
@@ -205,18 +206,18 @@ def _known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
     """Every dotted key there is under `overrides`; under none, if they do not compose either."""
     for attempt in (overrides, []):
         try:
-            return list(_keys(_compose(config_name, attempt)))
+            return list(all_keys(_compose(config_name, attempt)))
         except HydraException:
             continue
     return []
 
 
-def _did_you_mean(near: Iterable[str]) -> str:
+def did_you_mean(near: Iterable[str]) -> str:
     found = list(near)
     return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
-def _keys(config: DictConfig) -> Iterator[str]:
+def all_keys(config: DictConfig) -> Iterator[str]:
     """Every dotted key of `config`, nodes included; interpolations are not followed."""
 
     def walk(node: object, prefix: str) -> Iterator[str]:
@@ -225,4 +226,18 @@ def _keys(config: DictConfig) -> Iterator[str]:
                 yield f"{prefix}{name}"
                 yield from walk(child, f"{prefix}{name}.")
 
-    yield from walk(OmegaConf.to_container(config, resolve=False), "")
+    yield from walk(plain(config, resolve=False), "")
+
+
+def plain(cfg: DictConfig, *, resolve: bool) -> dict[str, Any]:
+    """A configuration as dicts and lists; interpolations are followed, or stay as text."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=resolve))
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is no mapping; an empty mapping is a value."""
+    if not isinstance(node, Mapping) or not node:
+        yield prefix, node
+        return
+    for name, child in node.items():
+        yield from leaves(child, f"{prefix}.{name}" if prefix else str(name))

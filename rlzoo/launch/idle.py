@@ -17,14 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from rlzoo.data.sft import SFTDataModule
-from rlzoo.engines.select import why_not_vllm
+from rlzoo.engines.select import auto_engine, why_not_vllm
+from rlzoo.engines.transformers import TransformersEngine
+from rlzoo.engines.vllm import VLLMEngine
 from rlzoo.errors import UserError
-from rlzoo.launch.configuration import overrides_given
+from rlzoo.launch.configuration import leaves, overrides_given, plain
 from rlzoo.launch.processes import is_first
+from rlzoo.launch.targets import is_kind, target_of
 from rlzoo.values import shown
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,7 @@ class Idle(NamedTuple):
 
 
 def supervised(cfg: DictConfig) -> bool:
-    target = get_object(cfg.datamodule._target_)
-    return isinstance(target, type) and issubclass(target, SFTDataModule)
+    return is_kind(target_of(cfg.datamodule), SFTDataModule)
 
 
 def without(*names: str) -> Callable[[DictConfig], bool]:
@@ -48,17 +49,17 @@ def without(*names: str) -> Callable[[DictConfig], bool]:
 
 def unread(key: str) -> Callable[[DictConfig], bool]:
     """Whether nothing has the value of a key of train.yaml's."""
-    return lambda cfg: f"${{{key}}}" not in str(OmegaConf.to_container(cfg, resolve=False))
+    return lambda cfg: f"${{{key}}}" not in str(plain(cfg, resolve=False))
 
 
-def engine_is(name: str) -> Callable[[DictConfig], bool]:
+def engine_is(kind: type) -> Callable[[DictConfig], bool]:
     """Whether an engine is taken, as far as can be told before it starts."""
 
     def found(cfg: DictConfig) -> bool:
-        path = cfg.engine._target_.rpartition(".")[2]
-        if path == "auto_engine":
-            path = "TransformersEngine" if why_not_vllm() else "VLLMEngine"
-        return path == name
+        node = cfg.engine
+        if target_of(node) is auto_engine:
+            node = node.transformers if why_not_vllm() else node.vllm
+        return is_kind(target_of(node), kind)
 
     return found
 
@@ -110,7 +111,7 @@ REFUSED = [
     ),
     Idle(
         "callbacks.weight_sync.probe_tolerance",
-        engine_is("TransformersEngine"),
+        engine_is(TransformersEngine),
         "engine=transformers is compared by a checksum of its weights.",
     ),
     Idle(
@@ -120,8 +121,8 @@ REFUSED = [
     ),
 ]
 WARNED = [
-    Idle("engine.vllm.*", engine_is("TransformersEngine"), "engine=auto takes transformers here."),
-    Idle("engine.transformers.*", engine_is("VLLMEngine"), "engine=auto takes vLLM here."),
+    Idle("engine.vllm.*", engine_is(TransformersEngine), "engine=auto takes transformers here."),
+    Idle("engine.transformers.*", engine_is(VLLMEngine), "engine=auto takes vLLM here."),
     Idle(
         "engine.gpu_memory_share engine.sleep_level engine.chunked_prefill engine.enforce_eager",
         no_cuda,
@@ -195,7 +196,7 @@ def asked(overrides: Sequence[str] | None) -> Iterator[tuple[str, Any, bool]]:
         leaf
         for one in parsed
         if not one.is_delete()
-        for leaf in leaves(one.key_or_group, one.value())
+        for leaf in leaves(one.value(), one.key_or_group)
     )
     for key, value in (experiment_settings() | given).items():
         if value and value != NEUTRAL.get(key):
@@ -210,14 +211,5 @@ def experiment_settings() -> dict[str, Any]:
     for source in runtime.config_sources:
         path = Path(source.path) / "experiment" / f"{runtime.choices.get('experiment')}.yaml"
         if source.schema == "file" and path.is_file():
-            content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-            return dict(leaf for key, value in content.items() for leaf in leaves(key, value))
+            return dict(leaves(OmegaConf.to_container(OmegaConf.load(path), resolve=False)))
     return {}
-
-
-def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from leaves(f"{key}.{name}", inner)
-    else:
-        yield key, value

@@ -36,14 +36,15 @@ def check_groups(algo: Any, data: Any) -> None:
             f"{type(algo).__name__} compares the responses of a prompt, but"
             f" datamodule.responses_per_prompt={data.responses_per_prompt} under this sampler gives"
             f" no prompt more than {most}: every advantage would be 0 and nothing would be learnt."
-            f" Set datamodule.responses_per_prompt (and sampler.allocator.n_max) to {least} at least,"
-            " 8 is usual; or take an algorithm that needs no comparison, such as algo=reinforce."
+            f" Set datamodule.responses_per_prompt (and sampler.allocator.n_max) to {least} at"
+            " least, 8 is usual; or take an algorithm that needs no comparison, such as"
+            " algo=reinforce."
         )
     size = getattr(algo, "group_size", None)
     if size is not None and size >= most:
         raise UserError(
-            f"algo.group_size={size} would do nothing: no prompt gets more than {most} responses, so"
-            " no group is cut. Lower it, or set it to null."
+            f"algo.group_size={size} would do nothing: no prompt gets more than {most} responses,"
+            " so no group is cut. Lower it, or set it to null."
         )
 
 

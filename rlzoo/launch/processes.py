@@ -80,7 +80,7 @@ def agreed_through_store(name: str) -> str:
     Raises:
         UserError: the agents share no store with the processes.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise UserError(
@@ -107,8 +107,8 @@ def check_processes(trainer: DictConfig, sweep: bool) -> None:
         sweep: whether this process runs the jobs of a sweep, one after the other.
 
     Raises:
-        UserError: no count, devices that do not exist, a world of another size than the launcher's, a port
-            in use, or a sweep whose jobs would each start the whole sweep again.
+        UserError: no count, devices that do not exist, a world of another size than the
+            launcher's, a port in use, or a sweep whose jobs would each start the whole sweep again.
     """
     import torch
 
@@ -138,7 +138,7 @@ def check_processes(trainer: DictConfig, sweep: bool) -> None:
 
 
 def check_launcher(devices: int, nodes: int) -> None:
-    """Whether the launcher, if it is not Lightning's own, started the processes that were asked for.
+    """Whether the launcher, if it is not Lightning's own, started the processes asked for.
 
     Raises:
         UserError: it did not.
@@ -202,8 +202,8 @@ def register() -> None:
 
 
 def cluster_plugins() -> list[Any]:
-    """Lightning's SLURM environment without its own requeueing, which saves inside a rollout step."""
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
+    """Lightning's SLURM environment less its own requeueing, which saves inside a rollout step."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     if under_torchrun() or not SLURMEnvironment.detect():
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlzoo.data.fingerprint import of_file
 from rlzoo.data.rollout_files import rollout_files
 from rlzoo.errors import UserError
-from rlzoo.launch.configuration import overrides_given
+from rlzoo.launch.configuration import leaves, overrides_given, plain
 from rlzoo.models.checkpoints import data_state
 from rlzoo.models.policy import model_directory
 from rlzoo.report.ledger import Ledger, Limits
@@ -104,7 +104,7 @@ Differences = dict[str, tuple[Any, Any]]
 def record_of(cfg: DictConfig) -> dict[str, Any]:
     """What a checkpoint says of the configuration it was saved under."""
     return {
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": plain(cfg, resolve=True),
         "overrides": overrides_given(),
         "model": model_fingerprint(cfg.model.path),
     }
@@ -128,7 +128,7 @@ def model_fingerprint(path: str) -> dict[str, str] | None:
 
 def recorded(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any] | None:
     """A checkpoint's record; for one that has none, its run's config.yaml; None without either."""
-    found = data_state(state).get("record")
+    found: dict[str, Any] | None = data_state(state).get("record")
     if found:
         return found
     file = checkpoint.parent.parent / "config.yaml"
@@ -204,12 +204,11 @@ def differences(
 ) -> Differences:
     """Keys whose values differ. One that follows another (`${...}`) is left to that one.
 
-    A key that only one of them has counts if an override of its side names it; else it is a key that
-    one version of rlzoo has and the other has not.
+    A key that only one of them has counts if an override of its side names it; else it is a key
+    that one version of rlzoo has and the other has not.
     """
-    after = OmegaConf.to_container(cfg, resolve=True)
+    after, raw = plain(cfg, resolve=True), plain(cfg, resolve=False)
     old, new = dict(leaves(before)), dict(leaves(after))
-    raw = OmegaConf.to_container(cfg, resolve=False)
     found = {}
     for key in dict.fromkeys([*old, *new]):
         pair = value_at(before, key), value_at(after, key)  # one may be a mapping, the other null
@@ -232,24 +231,16 @@ def value_at(node: Any, key: str) -> Any:
     return node
 
 
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is no mapping; an empty mapping is a value."""
-    if not isinstance(node, Mapping) or not node:
-        yield prefix, node
-        return
-    for name, child in node.items():
-        yield from leaves(child, f"{prefix}.{name}" if prefix else str(name))
-
-
-def source_of(key: str, raw: dict[str, Any]) -> str | None:
-    """The key that this one, or the node it is in, is set to (`${...}`); None if it is its own."""
-    node, parts = raw, key.split(".")
+def source_of(key: str, raw: dict[str, Any]) -> str:
+    """The key that this one, or the node it is in, is set to (`${...}`); empty if it is its own."""
+    parts = key.split(".")
+    node: Any = raw
     for depth, part in enumerate(parts, start=1):
         node = node.get(part) if isinstance(node, Mapping) else None
         reference = re.fullmatch(r"\$\{([\w.]+)\}", node) if isinstance(node, str) else None
         if reference:
             return ".".join([reference.group(1), *parts[depth:]])
-    return None
+    return ""
 
 
 def named(key: str, overrides: Iterable[str]) -> bool:

@@ -52,8 +52,8 @@ def claim(run_dir: Path, resuming: bool) -> IO[str]:
         lock = path.open("a")
     except OSError as error:
         raise UserError(
-            f"run_dir={run_dir} cannot be written to: {path} {reason(error)}. Choose another run_dir,"
-            " or change its permissions."
+            f"run_dir={run_dir} cannot be written to: {path} {reason(error)}. Choose another"
+            " run_dir, or change its permissions."
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,9 +175,9 @@ def find_checkpoint(
     path = path.resolve()  # a link may come to point to another one
     if run_dir.resolve() not in path.parents and saved_there(run_dir / "checkpoints"):
         raise UserError(
-            f"ckpt_path={ckpt_path} is of another run than the one in run_dir={run_dir}, which would"
-            " be overwritten. Choose a new run_dir for what goes on from that checkpoint, or resume"
-            " this one with ckpt_path=last."
+            f"ckpt_path={ckpt_path} is of another run than the one in run_dir={run_dir}, which"
+            " would be overwritten. Choose a new run_dir for what goes on from that checkpoint, or"
+            " resume this one with ckpt_path=last."
         )
     return path, state
 

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import inspect
 import math
-import pydoc
 import re
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os.path import expanduser
 from typing import Annotated, Any, Literal, NamedTuple
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rlzoo.errors import UserError
-from rlzoo.launch.configuration import near_matches
+from rlzoo.errors import UserError, first_line
+from rlzoo.launch.configuration import RENAMED, all_keys, did_you_mean, near_matches, plain
+from rlzoo.launch.targets import is_kind, target_of
 from rlzoo.values import (
     AtLeast0,
     AtLeast1,
@@ -121,7 +121,8 @@ def check_settings(cfg: DictConfig) -> None:
                 later.setdefault(found.key, f"{problem.rstrip('.')}: {key} reads it.")
         elif isinstance(found.value, str) and found.value.startswith("~") and is_path(annotation):
             OmegaConf.update(cfg, found.key, expanduser(found.value))
-    problems = {**later, **problems}
+    names = set(all_keys(cfg)) & RENAMED.keys()
+    problems = {**later, **problems, **{key: f"is now {RENAMED[key]}." for key in names}}
     if not problems:
         problems = trial(cfg)
     if problems:
@@ -140,9 +141,9 @@ def fill_in(cfg: DictConfig) -> None:
 
 def expected(cfg: DictConfig, problems: dict[str, str]) -> Iterator[tuple[str, Any]]:
     """(key, annotation) of every value that is there; notes keys that are not, or must not be."""
-    read = set(re.findall(r"\$\{([\w]+)", str(OmegaConf.to_container(cfg, resolve=False))))
+    read = set(re.findall(r"\$\{([\w]+)", str(plain(cfg, resolve=False))))
     known = [*TOP, "limits", *ONE, *NAMED]
-    for key in cfg:
+    for key in map(str, cfg):
         if key not in known and key not in read:  # a key of one's own is there to be ${read}
             problems[key] = f"is no setting that anything reads.{like(key, known)}"
     for key in known:
@@ -160,7 +161,7 @@ def expected(cfg: DictConfig, problems: dict[str, str]) -> Iterator[tuple[str, A
         if not isinstance(node, DictConfig):
             problems[group] = f"must be a mapping of names, got {node!r}."
             continue
-        for name in node:
+        for name in map(str, node):
             key = f"{group}.{name}"
             if names and name not in names:
                 problems[key] = f"is no part of a {group}.{like(name, names, group)}"
@@ -192,25 +193,24 @@ def of_node(cfg: DictConfig, key: str, problems: dict[str, str]) -> Iterator[tup
         return
     path = node["_target_"]
     try:
-        target = pydoc.locate(path) if isinstance(path, str) else None
-        reason = "there is no such class or function."
-    except pydoc.ErrorDuringImport as error:
-        target, reason = None, first_line(error)
-    if not callable(target):
-        problems[f"{key}._target_"] = f"={path} cannot be imported: {reason}"
+        target = target_of(node)
+    except UserError as error:
+        problems[f"{key}._target_"] = f"={error}"
         return
     signature = signature_of(target)
     if key == "trainer":
-        from rlzoo.launch.trainer_keys import ARGUMENTS, deleted, is_trainer
+        from lightning import Trainer
 
-        if not is_trainer(target):
+        from rlzoo.launch.trainer_keys import ARGUMENTS, deleted
+
+        if not is_kind(target, Trainer):
             problems[f"{key}._target_"] = (
                 f"={path} is no trainer of Lightning's: lightning.Trainer."
             )
             return
         problems |= {f"{key}.{name}": "is missing: it was deleted." for name in deleted(node)}
         signature = Signature(signature.arguments | ARGUMENTS, signature.open)
-    problems |= misplaced(cfg, key, node)
+    problems |= misplaced(cfg, key, node, target)
     for name in node:
         if name in HYDRA:
             continue
@@ -227,8 +227,10 @@ def of_node(cfg: DictConfig, key: str, problems: dict[str, str]) -> Iterator[tup
             yield from of_node(cfg, f"{key}.{name}", problems)
 
 
-def misplaced(cfg: DictConfig, key: str, node: DictConfig) -> dict[str, str]:
-    """What a node says of when it is built, or of where a run's files go, that the run cannot keep."""
+def misplaced(
+    cfg: DictConfig, key: str, node: DictConfig, target: Callable[..., Any]
+) -> dict[str, str]:
+    """What a node says of when it is built, or of where files go, that the run cannot keep."""
     problems = {}
     if key in ONE or key.rpartition(".")[0] in NAMED:  # what stands in such a node may come later
         if key != "model" and node.get("_partial_"):
@@ -237,8 +239,10 @@ def misplaced(cfg: DictConfig, key: str, node: DictConfig) -> dict[str, str]:
             problems[f"{key}._recursive_"] = "must be left out: what stands in a node is built too."
     if key == "model" and not node.get("_partial_"):
         problems["model._partial_"] = "must be true: the policy is built where it can be sharded."
-    own = str(node["_target_"]).startswith("rlzoo.") and "run_dir" in node
-    if own and OmegaConf.select(cfg, f"{key}.run_dir") != cfg.get("run_dir"):
+    bases = getattr(target, "__mro__", (target,))
+    ours = [base for base in bases if base.__module__.startswith("rlzoo.")]
+    writes = "run_dir" in node and any("run_dir" in signature_of(base).arguments for base in ours)
+    if writes and OmegaConf.select(cfg, f"{key}.run_dir") != cfg.get("run_dir"):
         problems[f"{key}.run_dir"] = (
             "must follow run_dir, where resumes, plots and the summary look for it. Set run_dir."
         )
@@ -255,8 +259,7 @@ def value_at(
     """
     parent_key, _, name = key.rpartition(".")
     parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
-    raw = parent._get_node(name)
-    own = True
+    raw, own = node_at(parent, name), True
     try:
         if OmegaConf.is_missing(parent, name):
             problems[key] = f"must be given: {key}=VALUE."
@@ -270,7 +273,7 @@ def value_at(
             origin = OmegaConf.select(cfg, group) if group else cfg
             if not isinstance(origin, DictConfig) or name not in origin.keys():
                 break  # oc.select's fallback
-            key, own, raw = plain[1], False, origin._get_node(name)
+            key, own, raw = plain[1], False, node_at(origin, name)
         if isinstance(value, DictConfig | ListConfig) and not is_node(value):
             value = OmegaConf.to_container(value, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
@@ -282,36 +285,28 @@ def value_at(
     return None if value is absent else Value(key, value, own)
 
 
+def node_at(parent: DictConfig, name: str) -> Node:
+    """What stands at a name that is there, a ${...} as it is written."""
+    found = parent._get_node(name)
+    assert isinstance(found, Node)
+    return found
+
+
 def signature_of(target: Callable[..., Any]) -> Signature:
     """The arguments of a class or function, those that it passes on as `**shared` included."""
     if not inspect.isclass(target):
         return arguments_of(target)
     found: dict[str, Any] = {}
+    outside = False  # who knows what a class that is not ours does with its **kwargs
     for base in target.__mro__:
         if "__init__" not in vars(base) or base is object:
             continue
-        own = arguments_of(base.__init__)
+        own = arguments_of(vars(base)["__init__"])
         found = {name: kind for name, kind in own.arguments.items() if name != "self"} | found
         if not own.open:
-            return Signature(found, False)
-        if not base.__module__.startswith("rlzoo."):  # who knows what it does with **kwargs
-            outside = True
-            found |= {n: k for n, k in signature_above(target, base).items() if n not in found}
             return Signature(found, outside)
-    return Signature(found, bool(found) and "__init__" not in vars(target))
-
-
-def signature_above(target: type, base: type) -> dict[str, Any]:
-    """Arguments of the classes behind `base` in the order of `target`'s bases."""
-    order = target.__mro__
-    found: dict[str, Any] = {}
-    for above in order[order.index(base) + 1 :]:
-        if "__init__" in vars(above) and above is not object:
-            own = arguments_of(above.__init__)
-            found = {name: kind for name, kind in own.arguments.items() if name != "self"} | found
-            if not own.open:
-                break
-    return found
+        outside = outside or not base.__module__.startswith("rlzoo.")
+    return Signature(found, outside or (bool(found) and "__init__" not in vars(target)))
 
 
 def arguments_of(function: Callable[..., Any]) -> Signature:
@@ -367,8 +362,8 @@ def trial(cfg: DictConfig) -> dict[str, str]:
 
 
 def settings(node: DictConfig) -> str:
-    shown = {name: value for name, value in node.items() if name not in HYDRA[1:]}
-    return ", ".join(f"{name}={value}" for name, value in shown.items())
+    told = {str(name): value for name, value in node.items() if name not in HYDRA[1:]}
+    return ", ".join(f"{name}={value}" for name, value in told.items())
 
 
 # --- words ---------------------------------------------------------------------------------------
@@ -389,11 +384,6 @@ def holds_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def like(name: str, known: typing.Iterable[str], group: str = "") -> str:
+def like(name: str, known: Iterable[str], group: str = "") -> str:
     prefix = f"{group}." if group else ""
-    near = [f"{prefix}{found}" for found in near_matches(name, known)]
-    return f" Did you mean {' or '.join(near)}?" if near else ""
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    return did_you_mean(f"{prefix}{found}" for found in near_matches(name, known))

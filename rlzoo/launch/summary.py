@@ -58,7 +58,7 @@ def summarize(
     if not values_of:
         return [f"Done in {ledger.seconds:.0f} s. Everything is in {run_dir}."]
     picture = draw_run(run_dir, labels)
-    own = f"{AVG}{getattr(data, 'val_responses', 0)}"  # another column is of a k that the run had before
+    own = f"{AVG}{getattr(data, 'val_responses', 0)}"  # others: of a k that the run had before
     return paragraph(figures, run_dir, picture, own if own in values_of else list(values_of)[-1])
 
 
@@ -73,7 +73,7 @@ def ended(run_dir: Path, rollout_steps: int) -> bool:
     try:
         figures = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
         steps = figures.get("rollout_steps", rollout_steps)  # older summaries do not say
-        return steps == rollout_steps and figures.get("exported", True)
+        return bool(steps == rollout_steps and figures.get("exported", True))
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -88,8 +88,8 @@ def paragraph(figures: dict[str, Any], run_dir: Path, picture: Path, column: str
         f"Validation {name} went from {first:.1%} to {last:.1%} (best {best:.1%}) with"
         f" {figures['responses']:,} responses, {figures['tokens']:,} generated tokens and"
         f" {figures['updates']:,} updates, in {figures['seconds']:.0f} s; pilots were"
-        f" {figures['pilot_share']:.0%} of the responses and {figures['pilot_seconds_share']:.0%} of"
-        f" the time, planning {figures['planning_share']:.1%} of it.",
+        f" {figures['pilot_share']:.0%} of the responses and {figures['pilot_seconds_share']:.0%}"
+        f" of the time, planning {figures['planning_share']:.1%} of it.",
         *([] if figures["updates"] else [NOTHING_LEARNT]),
         f"Everything is in {run_dir}: look at {picture.name}, read rollouts/ to see what it says"
         + (", and load the policy from policy/." if figures["exported"] else "."),

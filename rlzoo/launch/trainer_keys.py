@@ -80,10 +80,6 @@ def fixed(values: tuple[Any, ...], mend: str) -> Any:
     return Annotated[Literal[values] if values else Refused, Says(mend)]
 
 
-def is_trainer(target: Any) -> bool:
-    return isinstance(target, type) and issubclass(target, Trainer)
-
-
 def deleted(node: Mapping[str, Any]) -> list[str]:
     """Arguments that `trainer` leaves out though rlzoo reads them, or does not run with Lightning's
     default for them."""

@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 import torch
 import transformers
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from lightning import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
@@ -35,6 +35,7 @@ from rlzoo.launch.resuming import check_changes, nothing_left, reached, record_o
 from rlzoo.launch.run_dir import claim, clear, describe, find_checkpoint, make
 from rlzoo.launch.schema import check_settings
 from rlzoo.launch.summary import ended, summarize
+from rlzoo.launch.targets import is_kind, target_of
 from rlzoo.models.checkpoints import data_state, kind_of, saved_by, whole_weights
 from rlzoo.models.loading import load_config
 from rlzoo.models.lora import check_lora, lora_settings
@@ -237,22 +238,6 @@ def strategy_kind(cfg: DictConfig) -> str:
     if is_kind(strategy, DeepSpeedStrategy):
         return "deepspeed"
     return "fsdp" if is_kind(strategy, ModelParallelStrategy) else "file"
-
-
-def target_of(node: DictConfig) -> Any:
-    """The class or function that a node names.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    try:
-        return get_object(node._target_)
-    except Exception as error:
-        raise UserError(f"{node._get_full_key('_target_')}={node._target_}: {error}") from error
-
-
-def is_kind(target: Any, kind: type) -> bool:
-    return isinstance(target, type) and issubclass(target, kind)
 
 
 def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, first_line
 from rlzoo.models.checkpoints import is_checkpoint, policy_weights
 from rlzoo.models.checks import can_be_checked, check_policy
 from rlzoo.models.gather import load_whole, loading_whole, whole_shape
@@ -263,7 +263,3 @@ def eos_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             " ids, which are whole numbers. Correct it there, or remove it."
         )
     return sorted({tokenizer.eos_token_id, *extra})
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
