@@ -10,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-STREAMS = ("pilot", "train", "val", "eval")
+STREAMS = ("pilot", "train", "val")
 
 
 def derive_seed(*parts: int | str) -> int:

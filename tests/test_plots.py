@@ -11,7 +11,7 @@ from matplotlib.image import imread
 import rlzoo.report.plots
 from rlzoo.errors import UserError
 from rlzoo.report.loggers import CSVLogger
-from rlzoo.report.plots import draw_run
+from rlzoo.report.plots import plot_run
 
 LABELS = {"algo": "grpo", "sampler": "gvm", "model": "tiny", "seed": 0}
 
@@ -40,7 +40,7 @@ def write_budgets(run_dir: Path, budgets: dict[int, list[int]]) -> None:
         pq.write_table(table, run_dir / "budgets" / f"epoch_{epoch:04d}.parquet")
 
 
-def draw_and_keep(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **kwargs: object) -> Figure:
+def plot_and_keep(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **kwargs: object) -> Figure:
     """The figure behind the picture, the picture written too."""
     kept: list[Figure] = []
 
@@ -50,7 +50,7 @@ def draw_and_keep(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **kwargs: obje
             kept.append(self)
 
     monkeypatch.setattr(rlzoo.report.plots, "Figure", KeptFigure)
-    draw_run(run_dir, **kwargs)
+    plot_run(run_dir, **kwargs)
     return kept[0]
 
 
@@ -66,7 +66,7 @@ def bar_heights(axes: Axes) -> list[list[float]]:
 def test_the_picture_is_1200_by_500_and_not_blank(tmp_path: Path):
     write_metrics(tmp_path, num_steps=6)
     write_budgets(tmp_path, {0: [0, 1, 2, 9], 1: [4, 4, 4, 0]})
-    path = draw_run(tmp_path, LABELS)
+    path = plot_run(tmp_path, LABELS)
     assert path == tmp_path / "learning.png"
     pixels = imread(path)
     assert pixels.shape[:2] == (500, 1200)
@@ -77,7 +77,7 @@ def test_validation_is_drawn_at_its_own_rows_against_responses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     write_metrics(tmp_path, num_steps=4)
-    figure = draw_and_keep(tmp_path, monkeypatch, labels=LABELS)
+    figure = plot_and_keep(tmp_path, monkeypatch, labels=LABELS)
     (axes,) = figure.axes
     x, y = curve(axes, "validation avg@8")
     assert x == [0, 512, 1024] and y == pytest.approx([0.25, 0.45, 0.65])
@@ -93,7 +93,7 @@ def test_the_validation_of_any_k_is_drawn_under_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int
 ):
     write_metrics(tmp_path, num_steps=4, k=k)
-    (axes,) = draw_and_keep(tmp_path, monkeypatch).axes
+    (axes,) = plot_and_keep(tmp_path, monkeypatch).axes
     assert curve(axes, f"validation avg@{k}")[1] == pytest.approx([0.25, 0.45, 0.65])
     names = {line.get_label() for line in axes.get_lines() if "@" in line.get_label()}
     wanted = {f"validation avg@{k}", f"validation pass@{k}"}
@@ -104,7 +104,7 @@ def test_a_run_resumed_with_another_k_has_a_curve_for_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     write_metrics(tmp_path, num_steps=6, later_k=2)
-    (axes,) = draw_and_keep(tmp_path, monkeypatch).axes
+    (axes,) = plot_and_keep(tmp_path, monkeypatch).axes
     assert curve(axes, "validation avg@8") == ([0, 512], pytest.approx([0.25, 0.45]))
     assert curve(axes, "validation avg@2") == ([1024, 1536], pytest.approx([0.65, 0.85]))
     assert curve(axes, "validation pass@2")[0] == [1024, 1536]
@@ -115,7 +115,7 @@ def test_first_and_last_epoch_are_the_two_histograms_even_past_epoch_9(
 ):
     write_metrics(tmp_path, num_steps=1)
     write_budgets(tmp_path, {0: [1, 1, 2], 2: [7, 7, 7], 9: [8, 8, 8], 10: [3, 3, 3]})
-    axes = draw_and_keep(tmp_path, monkeypatch).axes[1]
+    axes = plot_and_keep(tmp_path, monkeypatch).axes[1]
     assert bar_heights(axes) == [[2, 1], [3]]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "epoch 0: mean 1.3, max 2",
@@ -126,7 +126,7 @@ def test_first_and_last_epoch_are_the_two_histograms_even_past_epoch_9(
 def test_uniform_budgets_are_a_single_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_metrics(tmp_path, num_steps=1)
     write_budgets(tmp_path, {0: [4] * 10, 1: [4] * 10})
-    axes = draw_and_keep(tmp_path, monkeypatch).axes[1]
+    axes = plot_and_keep(tmp_path, monkeypatch).axes[1]
     assert [patch.get_height() for patch in axes.patches] == [10]
     (bar,) = axes.patches
     assert bar.get_x() + bar.get_width() / 2 == pytest.approx(4)
@@ -137,7 +137,7 @@ def test_a_wide_spread_is_counted_whole_in_at_most_40_bars(
 ):
     write_metrics(tmp_path, num_steps=1)
     write_budgets(tmp_path, {0: list(range(0, 1000)), 1: [999] * 5})
-    axes = draw_and_keep(tmp_path, monkeypatch).axes[1]
+    axes = plot_and_keep(tmp_path, monkeypatch).axes[1]
     assert [sum(heights) for heights in bar_heights(axes)] == [1000, 5]
     assert 30 < len(axes.containers[0]) <= 40
 
@@ -147,7 +147,7 @@ def test_a_run_with_one_validation_and_no_budgets_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int
 ):
     write_metrics(tmp_path, num_steps, val_every=100)
-    figure = draw_and_keep(tmp_path, monkeypatch)
+    figure = plot_and_keep(tmp_path, monkeypatch)
     (axes,) = figure.axes
     assert curve(axes, "validation avg@8") == ([0], [0.25])
     assert tmp_path.name in figure.get_suptitle()
@@ -155,7 +155,7 @@ def test_a_run_with_one_validation_and_no_budgets_is_drawn(
 
 def test_a_run_without_metrics_is_refused_with_the_file_and_the_mend(tmp_path: Path):
     with pytest.raises(UserError, match="metrics.csv does not exist.*logger=csv"):
-        draw_run(tmp_path)
+        plot_run(tmp_path)
     (tmp_path / "metrics.csv").write_text("responses\n")
     with pytest.raises(UserError, match="holds 0 rows"):
-        draw_run(tmp_path)
+        plot_run(tmp_path)

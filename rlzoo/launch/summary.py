@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from rlzoo.data.base import RunDataModule
 from rlzoo.report.columns import AVG, validated_ks
-from rlzoo.report.plots import draw_run
+from rlzoo.report.plots import plot_run
 
 
 def summarize(
@@ -57,7 +57,7 @@ def summarize(
     (run_dir / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
     if not values_of:
         return [f"Done in {ledger.seconds:.0f} s. Everything is in {run_dir}."]
-    picture = draw_run(run_dir, labels)
+    picture = plot_run(run_dir, labels)
     own = f"{AVG}{getattr(data, 'val_responses', 0)}"  # others: of a k that the run had before
     return paragraph(figures, run_dir, picture, own if own in values_of else list(values_of)[-1])
 

@@ -1,4 +1,4 @@
-"""Names of the validation's columns. The k of avg@k is the run's own, and a resume may change it."""
+"""Names of the columns of validation; the k of avg@k is the run's own, a resume may change it."""
 
 from __future__ import annotations
 

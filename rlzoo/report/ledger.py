@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rlzoo.errors import UserError
 from rlzoo.ranks.whereabouts import HERE
@@ -63,7 +64,7 @@ class Ledger:
         """Books sampled responses.
 
         Args:
-            stream: "train", "pilot", "val" or "eval".
+            stream: "train", "pilot" or "val".
             lengths: tokens of each response.
         """
         self.counts[f"responses/{stream}"] += len(lengths)
@@ -134,11 +135,11 @@ class Ledger:
                 return f"limits.{name}={limit}"
         return None
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         seconds = sum(self.spent().values())
         return {"counts": dict(self.counts), "phases": dict(self.phases), "seconds": seconds}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on from there. Checkpoints from before phases had streams keep theirs as they are."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there. Checkpoints from before phases had streams keep theirs."""
         self.counts, self.phases = Counter(state["counts"]), dict(state["phases"])
         self._earlier = state["seconds"]

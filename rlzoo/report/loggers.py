@@ -1,4 +1,4 @@
-"""A CSV logger whose files are equal for equal runs and can be cut back for a resume.
+"""A run's own loggers; the CSV one writes equal files for equal runs and is cut back by a resume.
 
 Lightning's own CSVLogger forgets rows when a column appears late and cannot be truncated.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from rlzoo.errors import UserError
 from rlzoo.values import PathText, Text
@@ -24,7 +24,32 @@ from rlzoo.values import PathText, Text
 log = logging.getLogger(__name__)
 
 
-class CSVLogger(Logger):
+class RunLogger(Logger):
+    """What is logged of one run, in its directory; `config.yaml` there says what was asked for.
+
+    Args:
+        run_dir: directory of the run; made if need be.
+    """
+
+    def __init__(self, run_dir: PathText | Path) -> None:
+        super().__init__()
+        self.run_dir = Path(run_dir)
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.run_dir)
+
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing: the configuration is kept elsewhere."""
+
+
+class CSVLogger(RunLogger):
     """Writes one row per `log_metrics` call to `run_dir/filename`.
 
     Columns stand in order of first appearance; a new one rewrites the file with a longer header.
@@ -37,13 +62,12 @@ class CSVLogger(Logger):
     edited, saved from a spreadsheet, moved or removed is written anew, and theirs kept beside it.
 
     Args:
-        run_dir: directory of the run; made if need be.
+        run_dir: see `RunLogger`.
         filename: name of the file in it.
     """
 
     def __init__(self, run_dir: PathText | Path, filename: Text = "metrics.csv") -> None:
-        super().__init__()
-        self.run_dir = Path(run_dir)
+        super().__init__(run_dir)
         self.path = self.run_dir / filename
         self._columns: list[str] = []
         self._rows: list[list[str]] = []  # cells as text; later columns may be missing
@@ -52,28 +76,6 @@ class CSVLogger(Logger):
     @property
     def name(self) -> str:
         return self.path.stem
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        return str(self.run_dir)
-
-    @property
-    def root_dir(self) -> str:
-        return str(self.run_dir)
-
-    @property
-    def log_dir(self) -> str:
-        return str(self.run_dir)
-
-    @rank_zero_only
-    def log_hyperparams(
-        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing: the run directory's `config.yaml` says what the run was asked for."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -97,7 +99,7 @@ class CSVLogger(Logger):
             return
         self._file.flush()
         os.fsync(self._file.fileno())
-        if not self._still_there():
+        if not self._still_there(self._file):
             self._replace_file()
 
     def save(self) -> None:
@@ -163,16 +165,16 @@ class CSVLogger(Logger):
         os.replace(self.path, aside)
         log.warning("%s was changed by someone: it is now %s.", self.path, aside.name)
 
-    def _still_there(self) -> bool:
+    def _still_there(self, file: TextIO) -> bool:
         """Whether the open file is the one of that name: a spreadsheet saves another over it."""
         try:
-            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
         except FileNotFoundError:
             return False
 
     def _replace_file(self) -> None:
         """Writes the file anew beside itself and renames it, so that a crash leaves either one."""
-        if self._file is not None and not self._still_there() and self.path.exists():
+        if self._file is not None and not self._still_there(self._file) and self.path.exists():
             self._put_aside()
         self._close()
         self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,8 @@ GREY, DARK = "#8a8f98", "#2b2f36"
 MAX_BARS = 40  # a histogram with more bars is no easier to read at 1200 pixels
 
 
-def draw_run(run_dir: Path, labels: Mapping[str, object] | None = None) -> Path:
-    """Draws `run_dir/learning.png`, 1200 x 500 pixels.
+def plot_run(run_dir: Path, labels: Mapping[str, object] | None = None) -> Path:
+    """Plots `run_dir/learning.png`, 1200 x 500 pixels.
 
     Left, validation avg@k and pass@k, for every k that the run had, and training acceptance
     against responses drawn, from `metrics.csv`; right, the budgets of the first and the last
@@ -46,10 +46,10 @@ def draw_run(run_dir: Path, labels: Mapping[str, object] | None = None) -> Path:
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     if budgets:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        _draw_budgets(right, budgets)
+        _plot_budgets(right, budgets)
     else:
         left = figure.subplots()
-    _draw_curve(left, columns)
+    _plot_curve(left, columns)
     named = labels.items() if labels else [("run", run_dir.resolve().name)]
     title = "  ·  ".join(f"{name} {value}" for name, value in named)
     figure.suptitle(title, fontsize=13, color=DARK)
@@ -91,16 +91,16 @@ def _read_budgets(folder: Path) -> dict[int, np.ndarray]:
     return {epoch: epochs[epoch] for epoch in sorted({min(epochs), max(epochs)})} if epochs else {}
 
 
-def _draw_curve(axes: Axes, columns: dict[str, np.ndarray]) -> None:
+def _plot_curve(axes: Axes, columns: dict[str, np.ndarray]) -> None:
     responses = columns["responses"]
-    _draw_acceptance(axes, responses, columns["accept_rate"])
+    _plot_acceptance(axes, responses, columns["accept_rate"])
     ks = [k for k in validated_ks(columns) if np.isfinite(columns[f"{AVG}{k}"]).any()]
     for k in ks:  # more than one after a resume with another k
-        _draw_validation(axes, responses, columns, k, "white" if k != ks[0] else None)
+        _plot_validation(axes, responses, columns, k, "white" if k != ks[0] else None)
     _finish_curve(axes)
 
 
-def _draw_validation(
+def _plot_validation(
     axes: Axes, responses: np.ndarray, columns: dict[str, np.ndarray], k: int, fill: str | None
 ) -> None:
     """avg@k and pass@k, from the rows that validated with k responses; of k = 1 they are one.
@@ -108,7 +108,6 @@ def _draw_validation(
     Args:
         fill: colour of the markers, their line's if None.
     """
-    look = {"linewidth": 2, "markersize": 5, "zorder": 3, "markerfacecolor": fill}
     curves = [(AVG, f"validation avg@{k}", BLUE, "o-")]
     if k > 1:
         curves.insert(0, (PASS, f"validation pass@{k}", LIGHT_BLUE, "s--"))
@@ -118,7 +117,8 @@ def _draw_validation(
         x, y = responses[known], columns[f"{prefix}{k}"][known]
         if not len(x):
             continue
-        axes.plot(x, y, style, color=color, label=label, **look)
+        (line,) = axes.plot(x, y, style, color=color, label=label, linewidth=2, markersize=5)
+        line.set(zorder=3, markerfacecolor=fill)
         for i in sorted({0, len(x) - 1}):
             axes.annotate(
                 f"{y[i]:.1%}",
@@ -147,7 +147,7 @@ def _finish_curve(axes: Axes) -> None:
     _finish(axes)
 
 
-def _draw_acceptance(axes: Axes, responses: np.ndarray, accept_rate: np.ndarray) -> None:
+def _plot_acceptance(axes: Axes, responses: np.ndarray, accept_rate: np.ndarray) -> None:
     """Each rollout step's acceptance as a dot, and a running mean over about a tenth of them."""
     known = np.isfinite(accept_rate) & np.isfinite(responses)
     x, y = responses[known], accept_rate[known]
@@ -159,7 +159,7 @@ def _draw_acceptance(axes: Axes, responses: np.ndarray, accept_rate: np.ndarray)
     axes.plot(x, smooth, "-", color=GREEN, linewidth=1.5, label="training acceptance")
 
 
-def _draw_budgets(axes: Axes, budgets: dict[int, np.ndarray]) -> None:
+def _plot_budgets(axes: Axes, budgets: dict[int, np.ndarray]) -> None:
     """Histograms of responses per prompt, side by side; one bar where budgets are uniform."""
     highest = max(int(values.max()) for values in budgets.values())
     lowest = min(int(values.min()) for values in budgets.values())
@@ -173,13 +173,9 @@ def _draw_budgets(axes: Axes, budgets: dict[int, np.ndarray]) -> None:
             f"epoch {epoch}: mean {values.mean():.1f}, max {values.max()}": values
             for epoch, values in budgets.items()
         }
-    axes.hist(
-        list(shown.values()),
-        bins=edges,
-        color=(GREY, ORANGE)[-len(shown) :],
-        rwidth=0.9,
-        label=list(shown),
-    )
+    colors = (GREY, ORANGE)[-len(shown) :]
+    values, labels = list(shown.values()), list(shown)
+    axes.hist(values, bins=edges.tolist(), color=colors, rwidth=0.9, label=labels)
     axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the legend
     axes.legend(frameon=False, loc="upper right")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -167,10 +167,10 @@ def step_line(metrics: Mapping[str, float]) -> str:
 
 def of_any_name(metrics: Mapping[str, float]) -> dict[str, float]:
     """`val/avg`, avg@k whatever the k is, and `plan`, seconds of planning and of pilots."""
-    found = {"val/avg": metrics[f"{AVG}{k}"] for k in validated_ks(metrics)}
+    validated = [metrics[f"{AVG}{k}"] for k in validated_ks(metrics)]
     times = {name: value for name, value in metrics.items() if name.startswith("time/")}
     plan = [v for name, v in times.items() if name == "time/planning" or name.endswith("/pilot")]
-    return found | ({"plan": sum(plan)} if plan else {})
+    return ({"val/avg": validated[-1]} if validated else {}) | ({"plan": sum(plan)} if plan else {})
 
 
 def _whole(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Loggers of other people's: Weights & Biases and MLflow, beside metrics.csv and never instead of it.
+"""Loggers of other people's: Weights & Biases and MLflow, beside metrics.csv, never instead of it.
 
 A run keeps one identity there however often it is resumed, in `run_dir/NAME.json`, and no step is
 sent twice: what a resumed run does once more is not told again. (What stays there is then what the
@@ -13,26 +13,27 @@ import math
 import os
 import time
 import uuid
-from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
 
 from rlzoo.errors import UserError
+from rlzoo.report.loggers import RunLogger
 from rlzoo.values import PathText, Text
 
 log = logging.getLogger(__name__)
 
 
-class Tracker(Logger):
+class Tracker(RunLogger):
     """What both have in common: an identity that outlives a process, each step once.
 
     Args:
         run_dir: of the run; the identity is kept in it.
+        title: of the run; null is the last part of run_dir.
 
     Raises:
         UserError: the library is not installed; from `experiment`, which Lightning asks for before
@@ -41,15 +42,15 @@ class Tracker(Logger):
 
     library: str  # what is imported, and the extra of rlzoo's that installs it
 
-    def __init__(self, run_dir: PathText | Path) -> None:
-        super().__init__()
+    def __init__(self, run_dir: PathText | Path, title: Text | None = None) -> None:
+        super().__init__(run_dir)
         if find_spec(self.library) is None:
             raise UserError(
                 f"logger={self.library} needs {self.library}, which is not installed: install"
                 f" rlzoo[{self.library}], or take logger=default, which writes metrics.csv and"
                 " TensorBoard's files."
             )
-        self.run_dir = Path(run_dir)
+        self.run_name = title or self.run_dir.resolve().name
         self.note = self.run_dir / f"{self.library}.json"
         self._run: Any = None
         self._failed = False  # whether it was said that rows are lost
@@ -89,8 +90,8 @@ class Tracker(Logger):
         except Exception as error:  # a server that is away must not end a run
             if not self._failed:
                 log.warning(
-                    f"logger={self.library} takes no rows ({type(error).__name__}: {error}); the run"
-                    " goes on, and metrics.csv has them all."
+                    f"logger={self.library} takes no rows ({type(error).__name__}: {error}); the"
+                    " run goes on, and metrics.csv has them all."
                 )
             self._failed = True
             return
@@ -109,27 +110,8 @@ class Tracker(Logger):
         return yaml.safe_load(path.read_text()) if path.exists() else {}
 
     @property
-    def run_name(self) -> str:
-        """The run's own name, or the last part of its directory."""
-        return self.title or self.run_dir.resolve().name
-
-    @property
     def name(self) -> str:
         return self.library
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        return str(self.run_dir)
-
-    @rank_zero_only
-    def log_hyperparams(
-        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing: the configuration is sent when the run begins."""
 
 
 class WandB(Tracker):
@@ -152,8 +134,8 @@ class WandB(Tracker):
         title: Text | None = None,
         mode: Literal["offline", "online"] = "offline",
     ) -> None:
-        super().__init__(run_dir)
-        self.project, self.entity, self.title, self.mode = project, entity, title, mode
+        super().__init__(run_dir, title)
+        self.project, self.entity, self.mode = project, entity, mode
 
     def begin(self, identity: str | None) -> tuple[Any, str]:
         import wandb
@@ -201,9 +183,8 @@ class MLflow(Tracker):
         experiment_name: Text = "rlzoo",
         title: Text | None = None,
     ) -> None:
-        super().__init__(run_dir)
-        self.tracking_uri = tracking_uri
-        self.experiment_name, self.title = experiment_name, title
+        super().__init__(run_dir, title)
+        self.tracking_uri, self.experiment_name = tracking_uri, experiment_name
 
     def begin(self, identity: str | None) -> tuple[Any, str]:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # it asks for a database otherwise
