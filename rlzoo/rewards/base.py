@@ -5,11 +5,12 @@ Imports nothing heavy: the verifier's workers, which start fast and without torc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
     from rlzoo.types import Prompt
@@ -34,33 +35,38 @@ class Scores(NamedTuple):
 
 
 class Reward(Protocol):
-    """Any callable like this one is a reward (docs/extending.md).
+    """Any callable like this one: a function, or an object with `__call__` (docs/extending.md).
 
-    It may return N plain numbers instead of `Scores`, take no `on_progress`, and have no `close`.
+    One that takes `on_progress` is given, by that name, a function to call with the number scored
+    so far. One that has `close()` has it called once, at the run's end.
     `rlzoo.rewards.calling.RewardCaller` calls it so, and checks what it returns.
     """
 
     def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        texts: Sequence[str],
-        truncated: Sequence[bool],
-        on_progress: Callable[[int], None] | None = None,
-    ) -> Scores:
+        self, prompts: list[Prompt], texts: list[str], truncated: list[bool], /
+    ) -> Scores | Tensor | ndarray | Sequence[float]:
         """Score N rollouts, N > 0.
 
         Args:
             prompts: [N] the prompt of each rollout; its `answer` is the gold answer.
             texts: [N] responses, without special tokens.
             truncated: [N] whether the response was cut off at the length limit.
-            on_progress: called with the number scored so far.
+
+        Returns:
+            [N] finite numbers; `Scores` where some are UNVERIFIABLE and not wrong.
         """
 
-    def close(self) -> None:
-        """Let go of processes and files; called once, at the run's end."""
+
+Answer = TypeVar("Answer", covariant=True)
 
 
-def is_right(rewards: Any) -> Any:
+class Comparable(Protocol[Answer]):
+    """A number, or an array or tensor of them."""
+
+    def __gt__(self, other: float, /) -> Answer: ...
+
+
+def is_right(rewards: Comparable[Answer]) -> Answer:
     """Whether each response is right: it has the full reward of 1 (RAFT; arXiv:2504.11343 §3).
 
     The one meaning of "right": avg@k and pass@k, GVM's acceptance rates, which rollouts RAFT and

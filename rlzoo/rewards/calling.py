@@ -23,18 +23,14 @@ log = logging.getLogger(__name__)
 
 
 class RewardCaller:
-    """A reward as `rlzoo.rewards.base.Reward` has it, from any callable near enough to it.
-
-    Args:
-        reward: called with prompts, texts and truncated flags, and with `on_progress` if it takes
-            that.
+    """Calls a reward, and returns its answer as `Scores` whatever form it has.
 
     Raises:
         UserError: it cannot be called; when it is, it returned something else than finite numbers,
             one for each response.
     """
 
-    def __init__(self, reward: Reward | Callable[..., Any]) -> None:
+    def __init__(self, reward: Reward) -> None:
         made = reward.func if isinstance(reward, functools.partial) else reward
         named = made if hasattr(made, "__qualname__") else type(made)
         self.name = f"{named.__module__}.{named.__qualname__}"
@@ -44,7 +40,8 @@ class RewardCaller:
                 " (prompts, texts, truncated). Give a class with __call__ as reward._target_, or a"
                 " function of these (docs/extending.md)."
             )
-        self.reward, self.takes_progress = reward, takes_progress(reward)
+        self.reward: Callable[..., Any] = reward
+        self.takes_progress = takes_progress(reward)
         self.has_told: set[str] = set()
         self.unparsed_golds: list[str] = []  # of the last call: ids of prompts, one a response
 
@@ -55,7 +52,7 @@ class RewardCaller:
         truncated: Sequence[bool],
         on_progress: Callable[[int], None] | None = None,
     ) -> Scores:
-        """Score N rollouts. A reward is not called for none, as a rank without prompts has it."""
+        """The reward's scores of N rollouts; it is not called for none, on a rank without any."""
         self.unparsed_golds = []
         if not prompts:
             return Scores(torch.zeros(0), torch.zeros(0, dtype=torch.int8))
@@ -188,7 +185,7 @@ class RewardCaller:
             log.warning(message)
 
 
-def make_reward(node: DictConfig) -> Any:
+def make_reward(node: DictConfig) -> Reward:
     """The reward that `reward=` names: an object of its class, or the function itself.
 
     A function that asks for three arguments or more besides its keys is the reward; one that asks
@@ -197,7 +194,7 @@ def make_reward(node: DictConfig) -> Any:
     Raises:
         UserError: a function that is neither, such as one with another library's arguments.
     """
-    target = get_object(node._target_)
+    target, is_function = get_object(node._target_), False
     if inspect.isfunction(target) and "_partial_" not in node:
         needed = [
             name
@@ -205,15 +202,15 @@ def make_reward(node: DictConfig) -> Any:
             if parameter.default is parameter.empty and parameter.kind <= parameter.KEYWORD_ONLY
         ]
         missing = [name for name in needed if name not in node]
-        if len(missing) >= 3:
-            return instantiate(node, _partial_=True)
-        if missing and "_args_" not in node:
+        is_function = len(missing) >= 3
+        if missing and not is_function and "_args_" not in node:
             raise UserError(
-                f"reward=... names the function {node._target_}, which needs {', '.join(missing)}. A"
-                " reward is called with (prompts, texts, truncated), and a function that makes one"
-                " is given the keys of its YAML alone (docs/extending.md)."
+                f"reward=... names the function {node._target_}, which needs"
+                f" {', '.join(missing)}. A reward is called with (prompts, texts, truncated), and a"
+                " function that makes one is given the keys of its YAML alone (docs/extending.md)."
             )
-    return instantiate(node)
+    reward: Reward = instantiate(node, _partial_=True) if is_function else instantiate(node)
+    return reward
 
 
 def takes_progress(reward: Callable[..., Any]) -> bool:

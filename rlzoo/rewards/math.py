@@ -131,16 +131,15 @@ def _answer_verdict(raw_gold: str, answer: str) -> Verdict:
     if gold == answer or _tight(gold) == _tight(answer):
         return Verdict.RIGHT
     gold, answer = _decimal_commas(*_without_label(*_without_modulus(gold, answer)))
-    numbers = number(gold.rstrip("\\%")), number(answer.rstrip("\\%"))
-    if None not in numbers:
+    wanted, given = number(gold.rstrip("\\%")), number(answer.rstrip("\\%"))
+    if wanted is not None and given is not None:
         if gold.endswith("%") != answer.endswith("%"):  # 28% is 28, and is 0.28
-            percent, plain = numbers if gold.endswith("%") else numbers[::-1]
+            percent, plain = (wanted, given) if gold.endswith("%") else (given, wanted)
             return Verdict(plain in (percent, percent / 100))
-        if numbers[0] == numbers[1]:
+        if wanted == given:
             return Verdict.RIGHT
-        difference, size = abs(numbers[0] - numbers[1]), max(map(abs, numbers))
-        are_whole = numbers[0].denominator == numbers[1].denominator == 1
-        if are_whole or difference > _CLOSE * size:
+        are_whole = wanted.denominator == given.denominator == 1
+        if are_whole or abs(wanted - given) > _CLOSE * max(abs(wanted), abs(given)):
             return Verdict.WRONG
     if re.fullmatch(_LETTER, gold) and (choice := _CHOICE.fullmatch(answer)):
         return Verdict(choice[1] == gold.strip("()"))
@@ -166,13 +165,14 @@ def _tight(text: str) -> str:
 
 def _scaled_alike(gold: str, answer: str) -> list[tuple[str, str]]:
     """5 million as five times a million; against a 5 alone, the word is a unit as well."""
-    pair = gold, answer
-    found = [_SCALED.search(text) for text in pair]
-    scaled = tuple(
-        rf"{text[: word.start()]} \cdot 10^{{{_SCALES[word[1]]}}}" if word else text
-        for text, word in zip(pair, found, strict=True)
-    )
-    return [scaled] if all(found) else [pair, scaled] if any(found) else [pair]
+    scaled = _scaled(gold), _scaled(answer)
+    if scaled[0] != gold and scaled[1] != answer:
+        return [scaled]
+    return [(gold, answer)] if scaled == (gold, answer) else [(gold, answer), scaled]
+
+
+def _scaled(text: str) -> str:
+    return _SCALED.sub(lambda word: rf" \cdot 10^{{{_SCALES[word[1]]}}}", text)
 
 
 def _without_modulus(gold: str, answer: str) -> tuple[str, str]:

@@ -176,7 +176,7 @@ def _repeating(found: re.Match[str]) -> str:
 
 
 def _unwrapped(answer: str) -> str:
-    r"""Without commands that only dress what they hold: \mathbf{x}, \textcolor{red}{5}, {(1, 2)}."""
+    r"""Without commands that only dress what they hold: \mathbf{x}, \textcolor{red}{5}, {(1)}."""
     start = 0
     while found := _WRAPPERS.search(answer, start):
         depth, end = 1, found.end()

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,7 @@ from rlzoo.values import AtLeast1, Positive
 
 _NO_ANSWER = r"\boxed{\text{no answer at all}}"
 _BATCH = 16  # answers sent at once; a message costs about as much as the shortest answer
+Number = TypeVar("Number", int, float)
 
 
 class VerifierPool:
@@ -110,7 +112,7 @@ class VerifierPool:
         self.unparsed_golds = []
         verdicts = [Verdict.UNVERIFIABLE] * len(responses)
         answers = [shorten(response) for response in responses]
-        longest = [max(len(gold), len(answer)) for gold, answer in zip(golds, answers)]
+        longest = [max(len(g), len(a)) for g, a in zip(golds, answers, strict=True)]
         waiting = deque(i for i, size in enumerate(longest) if size <= self.max_answer_chars)
         if not waiting:
             on_progress(len(verdicts))
@@ -240,22 +242,11 @@ class MathReward:
         truncated: Sequence[bool],
         on_progress: Callable[[int], None] | None = None,
     ) -> Scores:
-        """Score N rollouts.
-
-        Args:
-            prompts: [N] the prompt of each rollout; its `answer` is the gold answer.
-            texts: [N] responses.
-            truncated: [N] whether the response was cut off at the length limit.
-            on_progress: called with the number of verdicts known so far.
-
-        Raises:
-            ValueError: the three differ in length.
-        """
+        """As any `Reward`; raises ValueError if prompts, texts and truncated differ in length."""
         if not len(prompts) == len(texts) == len(truncated):
             raise ValueError(f"{len(prompts)} prompts, {len(texts)} texts, {len(truncated)} flags")
-        judged = [
-            i for i, is_cut in enumerate(truncated) if not (is_cut and self.truncated_is_wrong)
-        ]
+        unseen = truncated if self.truncated_is_wrong else [False] * len(texts)
+        judged = [i for i, is_unseen in enumerate(unseen) if not is_unseen]
         verdicts = torch.full((len(texts),), int(Verdict.WRONG), dtype=torch.int8)  # [N]
         golds, responses = [prompts[i].answer for i in judged], [texts[i] for i in judged]
         num_unseen = len(texts) - len(judged)
@@ -275,9 +266,8 @@ class MathReward:
         self.pool.close()
 
 
-def _at_least(key: str, value: float, least: float) -> float:
-    kinds = int if isinstance(least, int) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
-        number = "a whole number" if kinds is int else "a number"
-        raise UserError(f"reward.{key} must be {number} of at least {least}, got {value!r}.")
+def _at_least(key: str, value: Number, least: Number) -> Number:
+    kind, words = (int, "a whole number") if isinstance(least, int) else (int | float, "a number")
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
+        raise UserError(f"reward.{key} must be {words} of at least {least}, got {value!r}.")
     return value
