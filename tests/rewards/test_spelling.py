@@ -18,8 +18,10 @@ RIGHT, WRONG = Verdict.RIGHT, Verdict.WRONG
 SAME = [
     (
         [r"28\%", "28%", "28 percent", r"28\text{ per cent}"],
-        ["28", "28 pct", "28 percentage", "28 Percent", r"28\ \%", r"28\,\%", r"28\text{\%}", "28％"]
-        + [r"28\mathrm{\%}", r"28\mbox{ percent}", r"28\text{ percentage points}", "0.28", r"\frac{7}{25}"],
+        ["28", "28 pct", "28 percentage", "28 Percent", r"28\ \%", r"28\,\%", r"28\text{\%}",
+         "28％"]
+        + [r"28\mathrm{\%}", r"28\mbox{ percent}", r"28\text{ percentage points}", "0.28",
+           r"\frac{7}{25}"],
         ["2.8", "0.0028", "2800", r"29\%", "0.29"],
     ),
     (["0.28", r"\frac{7}{25}"], [r"28\%", "28 percent", r"28\text{ per cent}"], ["28", r"2.8\%"]),
@@ -28,27 +30,34 @@ SAME = [
     ([r"5\%", r"x = 5\%"], [r"x=5\%", r"5\% \text{ increase}"], [r"6\%", r"x=6\%"]),
     (
         ["60", r"60^\circ", "60°", r"60 \text{ degrees}"],
-        [r"60^{\circ}", r"60\degree", "60 degrees", "60º", r"60^{o}", r"60\text{°}", r"60^\circ\text{C}"]
+        [r"60^{\circ}", r"60\degree", "60 degrees", "60º", r"60^{o}", r"60\text{°}",
+         r"60^\circ\text{C}"]
         + [r"\angle A = 60^\circ"],
         [r"61^\circ", "6"],
     ),
     (
         ["15", r"15\text{ cm}", "15 cm", r"15\,\mathrm{cm}^2"],
-        [r"15\text{ square units}", "15 dollars", r"15\mathrm{~cm}", r"15\text{ m/s}^2", "15 apples"]
-        + [r"15\text{ ft}^3", r"15 \text{ kg}\cdot\text{m}", r"15\,\Omega", "15 cm^2", r"15^{\text{th}}"]
-        + [r"\$15", r"\$15.00", "£15", "15€", r"\text{USD } 15", r"\text{Rs. }15", r"15\,\text{s}^{-1}"]
+        [r"15\text{ square units}", "15 dollars", r"15\mathrm{~cm}", r"15\text{ m/s}^2",
+         "15 apples"]
+        + [r"15\text{ ft}^3", r"15 \text{ kg}\cdot\text{m}", r"15\,\Omega", "15 cm^2",
+           r"15^{\text{th}}"]
+        + [r"\$15", r"\$15.00", "£15", "15€", r"\text{USD } 15", r"\text{Rs. }15",
+           r"15\,\text{s}^{-1}"]
         + ["15 people", r"\text{15 apples}", "15 years old"],
         [r"16\text{ cm}", r"\$16", "16 apples", "1.5"],
     ),
     (
         ["1234", "1,234"],
-        ["1{,}234", r"1\,234", "1 234", r"1\ 234", r"1,\!234", r"1,\! 234", "1{,} 234", "1'234", "1234.0"]
-        + ["+1234", "01234", r"\text{1,234}", r"1.234 \times 10^3", "1.234e3", "1.234E+03", r"\num{1234}"],
+        ["1{,}234", r"1\,234", "1 234", r"1\ 234", r"1,\!234", r"1,\! 234", "1{,} 234", "1'234",
+         "1234.0"]
+        + ["+1234", "01234", r"\text{1,234}", r"1.234 \times 10^3", "1.234e3", "1.234E+03",
+           r"\num{1234}"],
         ["1235", "234", "235", "1.234", "12 34"],
     ),
     (["1000000"], ["1,000,000", r"1\,000\,000", "1 000 000", "10^6", "1e6"], ["1,000,001"]),
     (["1.22", "1,22"], ["1.220", "1,22"], ["122", "1.23"]),
-    (["0.5"], [".5", "0,5", "0.50", "1/2", "½", r"\frac12", r"50\%", "+0.5", "5e-1"], ["5", "-0.5"]),
+    (["0.5"], [".5", "0,5", "0.50", "1/2", "½", r"\frac12", r"50\%", "+0.5", "5e-1"],
+     ["5", "-0.5"]),
     (["-5"], ["−5", "–5", "-5.0", r"\text{-5}", "－５"], ["5", r"\pm 5"]),
     (
         ["0.000015", "1.5e-05"],
@@ -76,46 +85,63 @@ SAME = [
     ([r"(-\infty,3)"], ["(-∞,3)", r"(-\infty, 3)"], [r"(-\infty,3]", r"(3,\infty)"]),
     ([r"\infty"], ["∞", "infinity", r"+\infty"], [r"-\infty", "5"]),
     ([r"\emptyset"], [r"\varnothing", "∅"], ["0"]),
-    ([r"1-\frac{1}{e}"], [r"1 - \frac{1}{\mathrm{e}}"], [r"1+\frac1e", r"1 + \frac{1}{\mathrm{e}}"]),
-    (["2+3i", "2+3 i"], [r"2 + 3\mathrm{i}", "3i+2", r"2+3\,i", "z = 2 + 3 i", r"\text{2 + 3i}"], ["2-3i", "2"]),
+    ([r"1-\frac{1}{e}"], [r"1 - \frac{1}{\mathrm{e}}"],
+     [r"1+\frac1e", r"1 + \frac{1}{\mathrm{e}}"]),
+    (["2+3i", "2+3 i"], [r"2 + 3\mathrm{i}", "3i+2", r"2+3\,i", "z = 2 + 3 i", r"\text{2 + 3i}"],
+     ["2-3i", "2"]),
     ([r"\frac{1}{1+i}"], [r"\frac{1-i}{2}", "z=(1 - i)/2"], [r"\frac{1+i}{2}"]),
     (["e^{2 i t}"], ["e^{2it}", "e^{2i t}"], ["e^{2t}", "e^{-2it}"]),
-    ([r"(\gamma^2-1)\sin x"], [r"(\gamma^{2} - 1)\cdot\sin x", r"(γ²-1)\sin(x)"], [r"(\gamma^2-2)\sin x"]),
+    ([r"(\gamma^2-1)\sin x"], [r"(\gamma^{2} - 1)\cdot\sin x", r"(γ²-1)\sin(x)"],
+     [r"(\gamma^2-2)\sin x"]),
     (["1/0"], ["1/0."], ["2/0", "5", "0"]),
     (["12:00"], ["12:00."], ["1:00", "12:01"]),
     (["p - q", "p-q"], ["-q+p", "{p - q}"], ["q - p", "p"]),
     (["a - b - c"], ["a-b-c", "a - c - b"], ["a-b+c"]),
     (["AB - CD"], ["AB-CD", "BA - DC"], ["CD - AB"]),
     (["(1,2]", "{(1,2]}"], [r"\mathbf{{(1, 2]}}"], ["(1,2)"]),
-    ([r"\{1,2\}"], ["{1,2}", r"\text{1, 2}", r"1\text{, 2}", r"1\text{ and 2}"], ["1", "2", "{1}{2}"]),
-    (["12"], ["= 12", "12 = x", "12^{th}", r"\textbf{(D) }12", "(D) 12", r"12 \pmod{15}", r"x \equiv 12 \pmod{15}"]
+    ([r"\{1,2\}"], ["{1,2}", r"\text{1, 2}", r"1\text{, 2}", r"1\text{ and 2}"],
+     ["1", "2", "{1}{2}"]),
+    (["12"], ["= 12", "12 = x", "12^{th}", r"\textbf{(D) }12", "(D) 12", r"12 \pmod{15}",
+      r"x \equiv 12 \pmod{15}"]
         + [r"12\ (\text{mod } 15)"],
-        [r"\text{12 to 15}", r"12\text{ to 15}", r"12\text{ remainder 3}", r"\text{12, 15}", r"12\text{, 15}"]
-        + [r"12\text{ or more}", "12 or more", r"\textbf{(D) }13", "12, 13", r"12\text{ feet 3 inches}"]),
-    ([r"\textbf{(D)}\ 12"], ["12", "D", "(D)", r"\textbf{(D) }12"], ["C", "13", r"\textbf{(C) }12"]),
-    ([r"n \equiv 1 \pmod 3"], [r"1 \pmod{3}", r"n\equiv 1\bmod 3"], ["1", r"1 \pmod 4", r"2 \pmod 3"]),
-    (["5,000,000", "5 million", r"\$5 \text{ million}"], [r"5 \times 10^6", r"5{,}000{,}000\text{ dollars}"]
+        [r"\text{12 to 15}", r"12\text{ to 15}", r"12\text{ remainder 3}", r"\text{12, 15}",
+         r"12\text{, 15}"]
+        + [r"12\text{ or more}", "12 or more", r"\textbf{(D) }13", "12, 13",
+           r"12\text{ feet 3 inches}"]),
+    ([r"\textbf{(D)}\ 12"], ["12", "D", "(D)", r"\textbf{(D) }12"],
+     ["C", "13", r"\textbf{(C) }12"]),
+    ([r"n \equiv 1 \pmod 3"], [r"1 \pmod{3}", r"n\equiv 1\bmod 3"],
+     ["1", r"1 \pmod 4", r"2 \pmod 3"]),
+    (["5,000,000", "5 million", r"\$5 \text{ million}"],
+     [r"5 \times 10^6", r"5{,}000{,}000\text{ dollars}"]
         + [r"5\text{ million dollars}"], ["5 billion", "5000", "6 million"]),
     (["5"], ["5 million"], ["6 million"]),
-    (["(1, 2)"], [r"\bigl(1,2\bigr)", r"\langle 1, 2\rangle", "(1;2)", "(x,y)=(1,2)"], ["(2,1)", "[1,2]"]),
-    (["13, 14"], [r"13 \text{ and } 14", r"13,\quad 14", "13 or 14", r"x=13 \text{ or } x=14"], ["13", "13,15"]),
+    (["(1, 2)"], [r"\bigl(1,2\bigr)", r"\langle 1, 2\rangle", "(1;2)", "(x,y)=(1,2)"],
+     ["(2,1)", "[1,2]"]),
+    (["13, 14"], [r"13 \text{ and } 14", r"13,\quad 14", "13 or 14", r"x=13 \text{ or } x=14"],
+     ["13", "13,15"]),
     (["2,-2"], [r"\pm 2", "±2", r"x=\pm 2", r"\{-2,2\}"], ["2", "-2"]),
     (
         ["B", r"\text{(B)}"],
         ["(B)", "B.", "B)", r"\textbf{(B)}", r"\text{(B) } 5", r"\text{Option B}", "(B) a square"],
         ["C", "(A)", r"\text{(A) } B"],
     ),
-    (["Evelyn"], [r"\text{Evelyn}", r"\textbf{Evelyn}", r"\mathbf{Evelyn}", "evelyn"], ["nylevE", "Eve"]),
+    (["Evelyn"], [r"\text{Evelyn}", r"\textbf{Evelyn}", r"\mathbf{Evelyn}", "evelyn"],
+     ["nylevE", "Eve"]),
     (["January 5"], [r"\text{January 5}"], ["January 6", "5"]),
     (["101_2"], [r"101_{2}", "101"], ["101_3", "110_2", "5"]),
     (["2ab"], ["2ba", r"2\,ab"], ["2", "2cd", "3ab"]),
     (["2t"], ["2 t", r"2\cdot t"], ["2", "2c", "3t"]),
-    (["3:30 PM"], ["3:30 pm", r"3:30\text{ p.m.}", "3:30PM"], ["3:30 AM", r"3:30\text{ a.m.}", "3:31 PM"]),
+    (["3:30 PM"], ["3:30 pm", r"3:30\text{ p.m.}", "3:30PM"],
+     ["3:30 AM", r"3:30\text{ a.m.}", "3:31 PM"]),
     (
         ["5"],
-        [r"\mathbf{5}", r"\boldsymbol{5}", r"\color{red}{5}", r"\textcolor{red}{5}", r"\underline{5}"]
-        + ["**5**", "`5`", "5.", "5,", "5;", "~5~", r"5\ ", r"\,5\,", "$5$", r"\(5\)", r"\[5\]", "５"]
-        + [r"\mathtt{5}", r"\text{The answer is } 5", r"\mathbf{x = 5}", r"x \approx 5", r"\approx 5"],
+        [r"\mathbf{5}", r"\boldsymbol{5}", r"\color{red}{5}", r"\textcolor{red}{5}",
+         r"\underline{5}"]
+        + ["**5**", "`5`", "5.", "5,", "5;", "~5~", r"5\ ", r"\,5\,", "$5$", r"\(5\)", r"\[5\]",
+           "５"]
+        + [r"\mathtt{5}", r"\text{The answer is } 5", r"\mathbf{x = 5}", r"x \approx 5",
+           r"\approx 5"],
         ["> 5", r"\ge 5", "<5", r"\neq 5", "50", r"\text{not } 5 @ 5"],
     ),
 ]  # fmt: skip
@@ -134,9 +160,12 @@ def test_every_spelling_is_right_and_near_ones_are_wrong(golds, same, others):
 
 
 CONNECTIVES = [
-    ", ", " and ", " or ", "; ", ", and ", " $ and $ ", r"\) and \(", r" \text{and} ", r"\text{ or }",
-    r" \quad \text{and} \quad ", r"\qquad\text{or}\qquad ", r",\quad ", r"\ \text{and}\ ", " & ", r" \& ",
-    r" \text{, and } ", r" \mbox{ and } ", r" \mathrm{and} ", r" \text{ or } \\ ", r" \land ", r"\vee",
+    ", ", " and ", " or ", "; ", ", and ", " $ and $ ", r"\) and \(", r" \text{and} ",
+    r"\text{ or }",
+    r" \quad \text{and} \quad ", r"\qquad\text{or}\qquad ", r",\quad ", r"\ \text{and}\ ", " & ",
+    r" \& ",
+    r" \text{, and } ", r" \mbox{ and } ", r" \mathrm{and} ", r" \text{ or } \\ ", r" \land ",
+    r"\vee",
     "$ and $x = ", ",\n",
 ]  # fmt: skip
 SPACING = [

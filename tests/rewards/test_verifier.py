@@ -98,7 +98,7 @@ def test_hostile_answers_change_no_other_verdict_and_stay_in_their_time(pool: Ve
     seconds = time.monotonic() - start
 
     assert seconds < (len(ENDLESS) + len(BROKEN)) * LIMIT / pool.num_workers + 5
-    assert [v for v, e in zip(verdicts, expected) if e is not None] == [
+    assert [v for v, e in zip(verdicts, expected, strict=True) if e is not None] == [
         e for e in expected if e is not None
     ]
     assert RIGHT not in verdicts[1::3]
