@@ -161,7 +161,7 @@ def from_text(text: str, what: str) -> Any:
 # --- chats --------------------------------------------------------------------------------------
 
 
-def chat_turns(value: list) -> tuple[dict[str, Any], ...]:
+def chat_turns(value: list[Any]) -> tuple[dict[str, Any], ...]:
     """The turns of a prompt that the data has as a chat: a list of {role, content}, user last.
 
     What a turn has beside the two, and is not null, goes to the chat template as well.
@@ -192,9 +192,8 @@ def chat_turns(value: list) -> tuple[dict[str, Any], ...]:
 
 def chat_text(turns: tuple[dict[str, Any], ...]) -> str:
     """The chat as one text, to be read and told apart by."""
-    if len(turns) == 1:
-        return turns[0]["content"].strip()
-    return "\n\n".join(f"{turn['role']}: {turn['content'].strip()}" for turn in turns)
+    said = [(str(turn["role"]), str(turn["content"]).strip()) for turn in turns]
+    return said[0][1] if len(said) == 1 else "\n\n".join(f"{who}: {what}" for who, what in said)
 
 
 def turns_and_text(value: Any) -> tuple[tuple[dict[str, Any], ...] | None, str]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from rlzoo.data.templates import PromptTemplate
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, check_at_least
 from rlzoo.types import Prompt
 from rlzoo.values import AtLeast1, Seed, Share
 
@@ -81,7 +82,7 @@ def sums(rng: random.Random, level: int) -> Problem:
 
 def products(rng: random.Random, level: int) -> Problem:
     """Products: two one-digit factors, then longer ones, then three and four factors."""
-    d = lambda: rng.randint(2, 9)  # noqa: E731
+    d = partial(rng.randint, 2, 9)
     factors = [
         lambda: [d(), d()],
         lambda: [rng.randint(11, 39), d()],
@@ -108,7 +109,9 @@ def order_of_operations(rng: random.Random, level: int) -> Problem:
     """Products before sums: one to three products among one to three single terms."""
     num_products = (1, 1, 2, 2, 3)[level - 1]
     num_terms = (1, 2, 1, 2, 3)[level - 1]
-    parts = [(rng.randint(2, 9), rng.randint(2, 9)) for _ in range(num_products)]
+    parts: list[tuple[int, ...]] = [
+        (rng.randint(2, 9), rng.randint(2, 9)) for _ in range(num_products)
+    ]
     parts += [(rng.randint(1, 30),) for _ in range(num_terms)]
     rng.shuffle(parts)
     shown = " + ".join(" * ".join(map(str, part)) for part in parts)
@@ -264,8 +267,7 @@ class ArithmeticPrompts:
                 raise UserError(f"data.levels holds {level!r}; levels are {list(LEVELS)}.")
         self.counts = {"train": num_train, "val": num_val, "test": num_test}
         for split, count in self.counts.items():
-            if count < 1:
-                raise UserError(f"data.num_{split} must be at least 1, got {count}.")
+            check_at_least(f"data.num_{split}", count, 1)
         self.seed, self.families, self.levels = seed, tuple(families), tuple(levels)
         self.template = template or PromptTemplate()
 
@@ -340,7 +342,10 @@ class ArithmeticCorpus:
 
     def solution(self, problem: Problem, level: int, rng: random.Random) -> str:
         difficulty = (level - 1) / (LEVELS[-1] - 1)
-        between = lambda pair: pair[0] + (pair[1] - pair[0]) * difficulty  # noqa: E731
+
+        def between(pair: Sequence[float]) -> float:
+            return pair[0] + (pair[1] - pair[0]) * difficulty
+
         if rng.random() < between(self.hasty):
             answer = problem.solve(Work())
             return write([], off_by_a_little(answer, rng, between(self.guess_off)))

@@ -24,7 +24,7 @@ FORMATS = {  # file_format -> endings of the files that a folder is searched for
     "parquet": (".parquet", ".pq"),
     "csv": (".csv", ".tsv"),
 }
-COMPRESSED: dict[bytes, tuple[str, Callable[[Path], BinaryIO]]] = {
+COMPRESSED: dict[bytes, tuple[str, Callable[[Path], io.BufferedIOBase]]] = {
     b"\x1f\x8b": (".gz", gzip.open),
     b"BZh": (".bz2", bz2.open),
     b"\xfd7zXZ\0": (".xz", lzma.open),

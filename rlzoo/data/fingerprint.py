@@ -1,4 +1,4 @@
-"""What tells one run's data from another's, cheaply: a resume must go on with the data it began with."""
+"""What tells one run's data from another's: a resume goes on with the data it began with."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def as_bytes(*texts: str | None) -> bytes:
 
 
 def prompts_differ(before: dict[str, Any], now: dict[str, Any], which: str) -> str | None:
-    """In what the prompts of a split differ from those that a run began with; None if in nothing."""
+    """How the prompts of a split differ from those that a run began with; None if they do not."""
     if before["count"] != now["count"]:
         return f"there were {before['count']:,} {which} prompts, now there are {now['count']:,}"
     if before["set"] != now["set"]:
@@ -83,8 +83,8 @@ def prompts_differ(before: dict[str, Any], now: dict[str, Any], which: str) -> s
         return f"some {which} prompts have another question, answer or solution (an edited file?)"
     if before["tokens"] != now["tokens"]:
         return (
-            f"the {which} prompts are rendered to other tokens (another tokenizer, chat template, or"
-            " data.template)"
+            f"the {which} prompts are rendered to other tokens (another tokenizer, chat template,"
+            " or data.template)"
         )
     return None
 

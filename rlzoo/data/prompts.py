@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ from rlzoo.data.answers import ANSWER_FORMATS, BadRow, hashes, text_of, turns_an
 from rlzoo.data.files import FORMATS, content, data_files
 from rlzoo.data.readers import columns_and_match, no_such_column, read_rows, value_at
 from rlzoo.data.templates import PromptTemplate
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, check_choice
 from rlzoo.types import Prompt
 from rlzoo.values import AtLeast1, PathText, Seed, ShareBelow1, Text
 
@@ -59,9 +59,6 @@ class FilePrompts:
         seed: of the splits and of that choice.
         template: how a question becomes tokens.
 
-    Attributes:
-        num_skipped: rows left out of the files read so far.
-
     Raises:
         UserError: a value out of range; in `load`, a file that cannot be used.
     """
@@ -87,9 +84,9 @@ class FilePrompts:
     ) -> None:
         if path is None:
             raise UserError("data.path is not set: give the training file as data.path=FILE.")
-        check_choice("file_format", file_format, ("auto", *FORMATS))
-        check_choice("answer_format", answer_format, ANSWER_FORMATS)
-        check_choice("on_bad_row", on_bad_row, ("error", "skip"))
+        check_choice("data.file_format", file_format, ("auto", *FORMATS))
+        check_choice("data.answer_format", answer_format, tuple(ANSWER_FORMATS))
+        check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
         if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 - val_fraction):
             raise UserError(
                 "data.val_fraction and data.test_fraction must be at least 0 and together below 1,"
@@ -97,14 +94,13 @@ class FilePrompts:
             )
         if max_prompts is not None and max_prompts < 1:
             raise UserError(f"data.max_prompts must be null or at least 1, got {max_prompts}.")
-        self.paths = {"train": path, "val": val_path, "test": test_path}
+        self.path, self.paths = path, {"val": val_path, "test": test_path}
         self.question_column, self.answer_column = question_column, answer_column
         self.solution_column, self.id_column = solution_column, id_column
         self.file_format, self.answer_format = file_format, answer_format
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self.on_bad_row, self.max_prompts, self.seed = on_bad_row, max_prompts, seed
         self.template = template or PromptTemplate()
-        self.num_skipped = 0
         self._read: dict[str, list[Prompt]] = {}  # by path: a file is read and reported on once
         self._splits: list[str] = []  # of the prompts of `path`
 
@@ -115,12 +111,11 @@ class FilePrompts:
             UserError: a missing, empty or unreadable file, a column it has not, a bad row under
                 `on_bad_row=error`, or a split without prompts.
         """
-        check_choice("split", split, SPLITS)
-        path = self.paths[split]
-        if path is not None and split != "train":
+        check_choice("data.split", split, SPLITS)
+        if (path := self.paths.get(split)) is not None:
             prompts = self.read(path, f"{split}_path")
         else:
-            prompts = self.read(self.paths["train"], "path")
+            prompts = self.read(self.path, "path")
             self._splits = self._splits or [self.split_of(prompt) for prompt in prompts]
             pairs = zip(prompts, self._splits, strict=True)
             prompts = [prompt for prompt, its_split in pairs if its_split == split]
@@ -128,7 +123,7 @@ class FilePrompts:
             mend = f"Raise data.{split}_fraction or give data.{split}_path=FILE."
             if split == "train":
                 mend = "Lower data.val_fraction or give more rows."
-            raise UserError(f"The {split} split of {self.paths['train']} has no prompts. {mend}")
+            raise UserError(f"The {split} split of {self.path} has no prompts. {mend}")
         if self.max_prompts is None or len(prompts) <= self.max_prompts:
             return list(prompts)
         chosen = sorted(prompts, key=lambda prompt: self.uniform("choice", prompt.id))
@@ -188,7 +183,6 @@ class FilePrompts:
             detail = f" First problem: {problems[0]}." if problems else ""
             raise UserError(f"{path} holds no usable row.{detail}")
         if problems:
-            self.num_skipped += len(problems)
             count = f", {kept.conflicts} of them with another answer to the same question"
             log.warning(
                 f"{len(problems)} rows of {path} skipped{count * (kept.conflicts > 0)};"
@@ -286,7 +280,7 @@ class Kept:
 
 def rows_of(
     files: Sequence[Path], columns: Sequence[str], file_format: str
-) -> Iterator[tuple[str, dict | BadRow]]:
+) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """(where it stands, row) of every row of every file."""
     for file in files:
         unit = "row" if content(file, file_format).is_array else "line"
@@ -302,12 +296,7 @@ def has(row: dict[str, Any], name: str) -> bool:
     return True
 
 
-def question_id(question: str, turns: Sequence[dict] | None = None) -> str:
+def question_id(question: str, turns: Sequence[dict[str, Any]] | None = None) -> str:
     """An id that depends on the question, or the chat, alone."""
     text = question if turns is None else json.dumps(turns, sort_keys=True, default=str)
     return f"prompt-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
-
-
-def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise UserError(f"data.{key} must be one of {list(choices)}, got {value!r}.")

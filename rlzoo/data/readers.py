@@ -22,12 +22,13 @@ from rlzoo.data.answers import BadRow
 from rlzoo.data.files import BROKEN, Content, content, cut_short
 from rlzoo.errors import UserError
 
-Row = tuple[int, dict | BadRow]  # number from 1
+Row = tuple[int, dict[str, Any] | BadRow]  # number from 1
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(r"[ \t\r\n]+")
+ICONV = "iconv -f latin1 -t utf-8"
 
 
-class Repeats(dict):
+class Repeats(dict[str, Any]):
     """A JSON object in which a key stands more than once."""
 
     repeated: frozenset[str] = frozenset()
@@ -56,14 +57,14 @@ def read_rows(path: Path, columns: Sequence[str], file_format: str = "auto") -> 
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not {found.encoding} text throughout ({error}); convert the file, such as"
-            " by iconv -f latin1 -t utf-8."
+            f" by {ICONV}."
         ) from error
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise UserError(f"{path} was changed while it was read; start again when it is complete.")
 
 
-def value_at(row: Any, name: str) -> Any:  # noqa: ANN401
+def value_at(row: Any, name: str) -> Any:
     """What a row has under a name; dots lead into objects and lists. None also below a null.
 
     Raises:
@@ -85,12 +86,13 @@ def value_at(row: Any, name: str) -> Any:  # noqa: ANN401
 # --- JSON ---------------------------------------------------------------------------------------
 
 
-def json_object(pairs: list[tuple[str, Any]]) -> dict:
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
-    if len(row) < len(pairs):
-        row, names = Repeats(row), [name for name, _ in pairs]
-        row.repeated = frozenset(name for name in row if names.count(name) > 1)
-    return row
+    if len(row) == len(pairs):
+        return row
+    repeats, names = Repeats(row), [name for name, _ in pairs]
+    repeats.repeated = frozenset(name for name in row if names.count(name) > 1)
+    return repeats
 
 
 # A number keeps the digits it is written with.
@@ -106,21 +108,18 @@ def read_json(file: BinaryIO, found: Content, path: Path, columns: Sequence[str]
 def read_lines(file: BinaryIO, found: Content) -> Iterator[Row]:
     """JSON lines, one of them in memory at a time."""
     is_utf8 = found.encoding in ("utf-8", "utf-8-sig")
-    lines = file if is_utf8 else io.TextIOWrapper(file, found.encoding, newline="\n")
-    for number, line in enumerate(lines, start=1):
+    lines: Iterable[bytes | str] = file
+    if not is_utf8:
+        lines = io.TextIOWrapper(file, found.encoding, newline="\n")
+    for number, raw in enumerate(lines, start=1):
         try:
-            if is_utf8:
-                line = line.decode(found.encoding if number == 1 else "utf-8")
+            encoding = found.encoding if number == 1 else "utf-8"
+            line = raw.decode(encoding) if isinstance(raw, bytes) else raw
             if line.isspace() or not line:
                 continue
             row = DECODER.decode(line)
         except UnicodeDecodeError as error:
-            yield (
-                number,
-                BadRow(
-                    f"is not UTF-8 ({error}); convert the file, such as by iconv -f latin1 -t utf-8"
-                ),
-            )
+            yield number, BadRow(f"is not UTF-8 ({error}); convert the file, such as by {ICONV}")
             continue
         except (ValueError, RecursionError) as error:  # not JSON, or too deep
             yield number, BadRow(f"is not JSON ({error}){json_hint(line, number, error)}")
@@ -149,18 +148,18 @@ def json_hint(line: str, number: int, error: Exception) -> str:
 def read_array(file: BinaryIO, found: Content, path: Path) -> Iterator[Row]:
     """One JSON array; its text is in memory as a whole, its elements one at a time."""
     text = file.read().decode(found.encoding)
-    position, number = _SPACE.match(text, text.index("[") + 1).end(), 0
+    position, number = after_space(text, text.index("[") + 1), 0
     try:
         while text[position : position + 1] != "]":
             if number and text[position : position + 1] != ",":
                 raise ValueError(f"no comma at character {position}")
             if number:
-                position = _SPACE.match(text, position + 1).end()
+                position = after_space(text, position + 1)
             row, position = DECODER.raw_decode(text, position)
             number += 1
             is_object = isinstance(row, dict)
             yield number, row if is_object else BadRow(f"is a {type(row).__name__}, not an object")
-            position = _SPACE.match(text, position).end()
+            position = after_space(text, position)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is a JSON array that breaks off or is broken at row {number + 1} ({error});"
@@ -168,6 +167,11 @@ def read_array(file: BinaryIO, found: Content, path: Path) -> Iterator[Row]:
         ) from error
     if text[position + 1 :].strip():
         raise UserError(f"{path} goes on after the end of its JSON array: write one object a line.")
+
+
+def after_space(text: str, position: int) -> int:
+    space = _SPACE.match(text, position)
+    return space.end() if space else position
 
 
 # --- CSV ----------------------------------------------------------------------------------------
@@ -182,8 +186,7 @@ def read_csv(file: BinaryIO, found: Content, path: Path, columns: Sequence[str])
     encoding = "utf-8-sig" if found.encoding == "utf-8" else found.encoding
     text = io.TextIOWrapper(file, encoding, newline="")
     first = text.readline()
-    separated = lambda mark: next(csv.reader([first], delimiter=mark), [])  # noqa: E731
-    marks = [mark for mark in ",\t;" if set(columns) <= set(separated(mark))]
+    marks = [m for m in ",\t;" if set(columns) <= set(next(csv.reader([first], delimiter=m), []))]
     mark = marks[0] if marks else max(",\t;", key=first.count)
     reader = csv.reader(itertools.chain([first], text), delimiter=mark, strict=True)
     names = next(reader, [])
@@ -220,10 +223,10 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            check_columns(path, columns, schema.names, dict(zip(schema.names, schema.types)))
+            types = dict(zip(schema.names, schema.types, strict=True))
+            check_columns(path, columns, schema.names, types)
             roots = {name if name in schema.names else name.split(".")[0] for name in columns}
-            exact = {name: exactly(schema.field(name).type) for name in roots}
-            exact = {name: convert for name, convert in exact.items() if convert}
+            exact = {n: convert for n in roots if (convert := exactly(schema.field(n).type))}
             number = 0
             for batch in file.iter_batches(columns=sorted(roots)):
                 for row in batch.to_pylist():
@@ -247,11 +250,10 @@ def exactly(kind: pyarrow.DataType) -> Callable[[Any], Any] | None:
     if narrow is not None:
         return lambda value: None if value is None else narrow(value)
     if pyarrow.types.is_struct(kind):
-        fields = {field.name: exactly(field.type) for field in kind}
-        fields = {name: convert for name, convert in fields.items() if convert}
-        change = lambda row: {n: convert(row[n]) for n, convert in fields.items()}  # noqa: E731
-        return (lambda row: row and row | change(row)) if fields else None
-    if hasattr(kind, "value_type") and not pyarrow.types.is_dictionary(kind):
+        inside = {field.name: give for field in kind if (give := exactly(field.type))}
+        if inside:
+            return lambda row: row and row | {n: give(row[n]) for n, give in inside.items()}
+    elif hasattr(kind, "value_type") and not pyarrow.types.is_dictionary(kind):
         convert = exactly(kind.value_type)
         return convert and (lambda row: row and [convert(value) for value in row])
     return None
@@ -303,7 +305,7 @@ def columns_and_match(name: str, found: Iterable[str]) -> str:
     return f"columns found: {found}{hint}"
 
 
-def is_table(value: Any) -> bool:  # noqa: ANN401
+def is_table(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict)
 
 

@@ -102,9 +102,10 @@ def read_rollouts(
 def read_table(path: Path) -> list[dict[str, Any]]:
     check_columns(path)
     try:
-        return pyarrow.parquet.read_table(path, columns=list(NEEDED)).to_pylist()
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path, columns=[*NEEDED]).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise unreadable(path, error) from error
+    return rows
 
 
 def check_columns(path: Path) -> None:
@@ -194,7 +195,7 @@ def accepted(
     Raises:
         UserError: there is none.
     """
-    pairs = []
+    pairs: list[tuple[Sequence[int], Sequence[int]]] = []
     for file in rollout_files(path, key):
         rollouts = read_rollouts(file, 0, tokenizer)
         for i in correct(rollouts.rewards).nonzero()[:, 0].tolist():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -45,6 +46,6 @@ def share_out(
         worthwhile = int(n * response_tokens / max(1, prompt_tokens[prompt]))
         count = max(1, min(parts, n, math.ceil(cost / grain), worthwhile))
         cuts = [n * k // count for k in range(count + 1)]
-        pieces += [Piece(prompt, *cut) for cut in zip(cuts, cuts[1:])]
+        pieces += [Piece(prompt, *cut) for cut in itertools.pairwise(cuts)]
     sizes = [prompt_tokens[i] + (stop - start) * response_tokens for i, start, stop in pieces]
     return [sorted(pieces[k] for k in part) for part in balance(sizes, parts)]

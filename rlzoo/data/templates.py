@@ -42,9 +42,6 @@ class PromptTemplate:
             `enable_thinking: false`; the name of one of several templates as `chat_template`.
         date: today's date for a chat template that asks for it, as YYYY-MM-DD; None is 2024-07-26.
             The day itself would give a run that is resumed tomorrow other prompts.
-
-    Attributes:
-        num_dropped: prompts left out so far for being too long.
     """
 
     def __init__(
@@ -56,17 +53,16 @@ class PromptTemplate:
         date: str | None = None,
     ) -> None:
         self.system, self.user_suffix, self.user_prefix = system, user_suffix, user_prefix
-        if OmegaConf.is_config(arguments):
-            arguments = OmegaConf.to_container(arguments, resolve=True)
-        self.arguments = dict(arguments or {})
-        self.date = date
+        given: Any = arguments or {}
+        if OmegaConf.is_config(given):
+            given = OmegaConf.to_container(given, resolve=True)
+        self.arguments, self.date = dict(given), date
         try:
             datetime.date.fromisoformat(date or AS_DATE)
         except (TypeError, ValueError):
             raise UserError(
                 f"data.template.date must be null or a date as YYYY-MM-DD, got {date!r}."
             ) from None
-        self.num_dropped = 0
         self._known: PreTrainedTokenizerBase | None = None  # looked at once
 
     def turns(self, question: str) -> list[dict[str, str]]:
@@ -132,7 +128,6 @@ class PromptTemplate:
         )
         if len(too_long) == num_prompts:
             raise UserError(f"No prompt is left: {report}. Raise the limit.")
-        self.num_dropped += len(too_long)
         log.warning("Prompts dropped: %s.", report)
 
     # --- the chat template ------------------------------------------------------------------
@@ -203,14 +198,14 @@ class PromptTemplate:
 
     def apply(
         self,
-        turns: Sequence[dict],
+        turns: Sequence[dict[str, Any]],
         prompt: Prompt,
         tokenizer: PreTrainedTokenizerBase,
         options: Mapping[str, Any],
         opened: bool = True,
     ) -> str:
         try:
-            return tokenizer.apply_chat_template(
+            text = tokenizer.apply_chat_template(
                 list(turns), add_generation_prompt=opened, tokenize=False, **options
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
@@ -220,6 +215,7 @@ class PromptTemplate:
             raise UserError(
                 f"The tokenizer's chat template refused prompt {prompt.id!r}: {error}.{mend}"
             ) from error
+        return str(text)
 
     def look_over(
         self,

@@ -1,9 +1,9 @@
-"""Does the engine draw from the policy that is trained? Figures of the gap, and where it comes from.
+"""Does the engine draw from the policy that is trained? Figures of the gap, and its likely cause.
 
 Gaps are |trainer - engine| log-probs of the same tokens and weights, nats. Causes are told by
 evidence: what the configuration says of both sides (`Setting`), what is left of the gap when the
-trainer scores the same tokens under a suspicion (`Suspect`, from `rlzoo.diagnosis.suspects`), a probe at
-temperature 1, and where in a response the gap lies. What nothing bears out is called unknown.
+trainer scores the same tokens under a suspicion (`Suspect`, from `rlzoo.diagnosis.suspects`), a
+probe at temperature 1, and where in a response the gap lies. What nothing bears out is unknown.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ class Probe(NamedTuple):
 
     gap: float  # mean |trainer - engine|, nats
     limit: float  # that number formats alone can explain, nats
-    found: Sequence[
-        Suspect
-    ] = ()  # of `rlzoo.diagnosis.suspects.suspects`, if the gap is more than rounding
+    found: Sequence[Suspect] = ()  # of `suspects.suspects`, if the gap is more than rounding
     same_weights: bool = False  # whether both sides' weights are known to be equal, by checksum
 
 
@@ -94,7 +92,7 @@ class Evidence:
             found=found,
             temperature=temperature,
         )
-        if said.startswith("the weights") and probe.same_weights:
+        if probe is not None and probe.same_weights and said.startswith("the weights"):
             return FORWARD.format(gap=probe.gap)
         return said
 
@@ -284,8 +282,8 @@ def not_finite(ours: int, theirs: int, broken: Sequence[str], setting: Setting |
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         return (
             f"{what}: {', '.join(broken[:3])}{more} hold NaN or inf. Start from weights that are"
-            f" numbers: a checkpoint before this one, or model.path and init_from; if training broke"
-            f" them, with model.dtype=float32 or a lower algo.optimizer.lr{formats}."
+            " numbers: a checkpoint before this one, or model.path and init_from; if training"
+            f" broke them, with model.dtype=float32 or a lower algo.optimizer.lr{formats}."
         )
     return (
         f"{what}, though all weights are: the numbers outgrow their format{formats}. Compute in a"
