@@ -9,7 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -73,8 +73,8 @@ def write(checkpoint: Path, out: Path, model: str | None = None) -> None:
     path = model or OmegaConf.select(cfg, "model.path")
     if path is None:
         raise UserError(
-            f"{checkpoint} lies in no run directory whose config.yaml names a model. Say what it was"
-            " trained from: --model DIRECTORY."
+            f"{checkpoint} lies in no run directory whose config.yaml names a model. Say what it"
+            " was trained from: --model DIRECTORY."
         )
     trust = bool(OmegaConf.select(cfg, "model.trust_remote_code", default=False))
     config = load_config(path, trust)
@@ -117,21 +117,21 @@ def save_policy(
     broken = not_finite(state.items())
     if broken:
         raise UserError(
-            f"The policy is not written to {folder}, since {broken} holds NaN or inf: it is no policy"
-            " any more. Export an earlier checkpoint, and train with a lower lr or in wider numbers"
-            " (model.dtype=float32)."
+            f"The policy is not written to {folder}, since {broken} holds NaN or inf: it is no"
+            " policy any more. Export an earlier checkpoint, and train with a lower lr or in wider"
+            " numbers (model.dtype=float32)."
         )
     own = getattr(policy, "generation_config", None)
-    fault = generation_fault(own)
-    if fault:
+    refused: GenerationConfig | None = own if generation_fault(own) else None
+    if refused is not None:
         policy.generation_config = GenerationConfig()
     try:
         policy.save_pretrained(folder, state_dict=state)
     finally:
-        if fault:
-            policy.generation_config = own
-    if fault:
-        own.to_json_file(folder / "generation_config.json", use_diff=True)
+        if refused is not None:
+            policy.generation_config = refused
+    if refused is not None:
+        refused.to_json_file(folder / "generation_config.json", use_diff=True)
     tokenizer.save_pretrained(folder)
 
 
@@ -171,16 +171,17 @@ def rehearse(
     return None
 
 
-def run_config(checkpoint: Path) -> OmegaConf:
+def run_config(checkpoint: Path) -> DictConfig | ListConfig:
     """config.yaml of the run directory that a checkpoint lies in; else what the checkpoint says it
     was saved under; empty if it says nothing."""
     found = checkpoint.parent.parent / "config.yaml"
     if found.is_file():
         return OmegaConf.load(found)
     try:
-        return OmegaConf.create(data_state(read_state(checkpoint))["record"]["config"])
+        config = DictConfig(data_state(read_state(checkpoint))["record"]["config"])
     except (KeyError, UserError):
-        return OmegaConf.create({})
+        config = DictConfig({})
+    return config
 
 
 if __name__ == "__main__":

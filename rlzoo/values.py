@@ -63,7 +63,8 @@ def misfit(annotation: Any, value: object) -> str | None:
     if fits(annotation, value):
         return None
     said = [f" {mark.text}." for mark in marks(annotation) if isinstance(mark, Says)]
-    return f"must be {words(annotation)}, got {shown(value)}.{''.join(said) or mend(annotation, value)}"
+    hint = "".join(said) or mend(annotation, value)
+    return f"must be {words(annotation)}, got {shown(value)}.{hint}"
 
 
 def fits(annotation: Any, value: object) -> bool:
@@ -94,7 +95,7 @@ def without_says(annotation: Any) -> Any:
     return typing.get_args(annotation)[0] if alone else annotation
 
 
-def adapter_of(annotation: Any) -> TypeAdapter | None:
+def adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
     try:
         return _adapter(annotation)
     except TypeError:  # not hashable
@@ -102,7 +103,7 @@ def adapter_of(annotation: Any) -> TypeAdapter | None:
 
 
 @cache
-def _adapter(annotation: Any) -> TypeAdapter | None:
+def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
     try:
         return TypeAdapter(annotation, config=STRICT)
     except (PydanticUserError, SchemaError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -73,9 +73,9 @@ class Engine(Protocol):
     def wake(self) -> None:
         """Starts what has to be started; called before every `load_weights`."""
 
-    def state_dict(self) -> dict: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -90,7 +90,7 @@ def weights_checksum(
     """
     found = []
     for name, tensor in named_tensors:
-        data = tensor.detach().to(dtype=dtype).cpu().contiguous().view(torch.uint8).numpy()
+        data = tensor.detach().to(dtype=dtype).cpu().contiguous().view(torch.uint8).numpy().data
         found.append((name, zlib.crc32(data)))
     return zlib.crc32(repr(sorted(found)).encode())
 
@@ -98,8 +98,8 @@ def weights_checksum(
 def check_version(engine: Engine, expected_version: int) -> None:
     if engine.version < 0:
         raise UserError(
-            "Nothing handed the policy's weights to the engine: callbacks.weight_sync is left out. Put"
-            " it back; it may compare nothing (callbacks.weight_sync.check=never)."
+            "Nothing handed the policy's weights to the engine: callbacks.weight_sync is left out."
+            " Put it back; it may compare nothing (callbacks.weight_sync.check=never)."
         )
     if engine.version != expected_version:
         raise RuntimeError(

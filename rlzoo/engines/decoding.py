@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlzoo.engines.kv_cache import SlabCache
 from rlzoo.models.checks import gap, probe_ids, rlzoo_logprobs
@@ -25,7 +26,7 @@ class CachedDecoder:
         pad_token_id: fills prompts.
     """
 
-    def __init__(self, model: nn.Module, pad_token_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, pad_token_id: int) -> None:
         self.model, self.pad_token_id = model, pad_token_id
         self.backbone = backbone_of(model)
         self.device = next(model.parameters()).device
@@ -79,7 +80,7 @@ class RecomputingDecoder:
     Args: see `CachedDecoder`.
     """
 
-    def __init__(self, model: nn.Module, pad_token_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, pad_token_id: int) -> None:
         self.model, self.pad_token_id = model, pad_token_id
         self.backbone = backbone_of(model)
         self.device = next(model.parameters()).device
@@ -110,7 +111,7 @@ class RecomputingDecoder:
 Decoder = CachedDecoder | RecomputingDecoder
 
 
-def choose_decoder(model: nn.Module, pad_token_id: int) -> type[Decoder]:
+def choose_decoder(model: PreTrainedModel, pad_token_id: int) -> type[Decoder]:
     """The one with a cache, if that agrees with whole passes on a few tokens."""
     if cache_agrees(model, pad_token_id):
         return CachedDecoder
@@ -123,7 +124,7 @@ def choose_decoder(model: nn.Module, pad_token_id: int) -> type[Decoder]:
 
 
 @torch.no_grad()
-def cache_agrees(model: nn.Module, pad_token_id: int) -> bool:
+def cache_agrees(model: PreTrainedModel, pad_token_id: int) -> bool:
     """Whether a prefill of two lengths and steps of repeated and dropped rows give the log-probs
     of whole passes."""
     ids = probe_ids(model)

@@ -50,20 +50,21 @@ class Replicas:
         asked, reason = list(self.alive), None
         async with self.session() as session:
             calls = (call(session, address) for address in asked)
-            answers = dict(zip(asked, await asyncio.gather(*calls, return_exceptions=True)))
+            found = await asyncio.gather(*calls, return_exceptions=True)
+        answers = dict(zip(asked, found, strict=True))
         for address, answer in answers.items():
             if isinstance(answer, ReplicaLost):
                 reason = answer
                 self.give_up(address, answer)
             elif isinstance(answer, BaseException):
                 raise answer
-        found = {a: answer for a, answer in answers.items() if not isinstance(answer, ReplicaLost)}
-        if not found:
+        kept = {a: answer for a, answer in answers.items() if not isinstance(answer, ReplicaLost)}
+        if not kept:
             raise UserError(
                 f"None of engine.addresses={self.addresses} answers ({reason}). Start one with:"
                 f" {self.start_command}"
             )
-        return found
+        return kept
 
     def answers(
         self,
@@ -90,7 +91,7 @@ class Replicas:
         concurrency: int,
         on_progress: Callable[[int], None],
     ) -> list[dict[str, Any]]:
-        answers: list[dict[str, Any] | None] = [None] * len(jobs)
+        answers: dict[int, dict[str, Any]] = {}
         waiting = deque(range(len(jobs)))
 
         async def work(session: Any, address: str) -> None:
@@ -114,7 +115,7 @@ class Replicas:
                     )
                 places = [a for a in self.alive for _ in range(concurrency)]
                 await asyncio.gather(*(work(session, address) for address in places))
-        return answers
+        return [answers[job] for job in range(len(jobs))]
 
     def give_up(self, address: str, error: Exception) -> None:
         if address in self.alive:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -14,11 +16,11 @@ class SlabLayer(DynamicLayer):
     """
 
     def __init__(self, spare: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # has no types
         self.spare, self.length = spare, 0  # tokens of room kept when the buffer is made
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -48,8 +50,9 @@ class SlabCache(Cache):
     """A cache for a prefill of P prompts and up to `spare` more tokens of each row."""
 
     def __init__(self, num_layers: int, spare: int) -> None:
-        super().__init__(layers=[SlabLayer(spare) for _ in range(num_layers)])
+        self.slabs = [SlabLayer(spare) for _ in range(num_layers)]
+        super().__init__(layers=[*self.slabs])
 
     def take_rows(self, rows: Tensor) -> None:
-        for layer in self.layers:
+        for layer in self.slabs:
             layer.take_rows(rows)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from rlzoo.engines.base import Engine, log
+from rlzoo.engines.vllm import VLLMEngine
 
 
 def auto_engine(
-    vllm: Callable[..., Engine],
+    vllm: Callable[..., VLLMEngine],
     transformers: Callable[..., Engine],
     eos_token_ids: Sequence[int],
     pad_token_id: int,

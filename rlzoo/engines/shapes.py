@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
-def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:
+def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model with its modules and no weights; allocates nothing."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    return model
 
 
 def expected_shapes(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device, self.max_rows, self.pad_token_id = torch.device(device), max_rows, pad_token_id
-        self.model = without_lora(policy)().to(self.device).eval().requires_grad_(False)
+        self.model = without_lora(policy)().eval().to(self.device).requires_grad_(False)
         self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
         self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         check_placed(self.model)
@@ -98,10 +99,10 @@ class TransformersEngine:
         self.model.to(self.device)
         self.asleep = False
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {}  # weights come with the first sync, noise is counter-based
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
     def close(self) -> None:

@@ -107,7 +107,7 @@ class VLLMEngine:
         self.trust_remote_code = trust_remote_code
         self.eos_token_ids = sorted(eos_token_ids)
         self.cuda = torch.cuda.is_available()
-        self.dtype = dtype if dtype != "auto" else "bfloat16" if self.cuda else "float32"
+        self.dtype: str = dtype if dtype != "auto" else "bfloat16" if self.cuda else "float32"
         self.kv_cache_gb, self.gpu_memory_share = kv_cache_gb, gpu_memory_share
         self.max_num_seqs, self.tensor_parallel = max_num_seqs, tensor_parallel
         self.sleep_level = sleep_level if self.cuda else 0
@@ -212,10 +212,10 @@ class VLLMEngine:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {}  # weights come with the first sync, every response has its own seed
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
     # --- weights ----------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def response(completion: Any) -> Response:
 def repack_tied_head(model: nn.Module) -> None:
     """Packs the output head anew on a CPU: where it is the embedding, a reload leaves the packed
     copy as it was (vLLM 0.32.0)."""
-    head = getattr(model, "lm_head", None)
+    head: Any = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear") and head.weight.numel():
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
@@ -382,7 +382,7 @@ def progress_bar(on_progress: Callable[[int], None]) -> Callable[..., Any]:
     """What vLLM takes for a tqdm, which tells `on_progress` how many more are finished."""
     from tqdm import tqdm
 
-    class Bar(tqdm):
+    class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options | {"file": io.StringIO()})
 

@@ -123,7 +123,7 @@ class VLLMServerEngine:
         self.shapes = expected_shapes(self.config, trust_remote_code)
         self.dtype = "float32"  # what the servers say, once asked
         self.version, self.asleep = -1, False  # the servers never sleep
-        self.transfer = transfer  # as asked; what comes of it, once the servers were asked
+        self.transfer: str = transfer  # as asked; what comes of it, once the servers were asked
         self._nccl = NcclTransfer(timeout, Path(log_file), key)
         self._private: PrivateFolder | None = None  # made at the first sync through a folder
         self._checked = False
@@ -159,7 +159,8 @@ class VLLMServerEngine:
         version = await self.replicas.ask(session, f"{address}/version", None, "GET")
         body = {"method": "rlzoo_describe", "args": []}
         answer = await self.replicas.ask(session, f"{address}/collective_rpc", body)
-        return answer["results"][0] | {"vllm": version["version"]}
+        described: dict[str, Any] = answer["results"][0]
+        return described | {"vllm": version["version"]}
 
     def _tell_of_open_ones(self) -> None:
         """Warns of replicas that others can reach and that ask nobody for a key."""
@@ -221,10 +222,10 @@ class VLLMServerEngine:
             self._private.close()
             self._private = None
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
     # --- weights ----------------------------------------------------------------------------

@@ -6,11 +6,11 @@ Named by `--worker-extension-cls rlzoo.engines.vllm_worker.SyncWorker`; called t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlzoo.engines.vllm import repack_tied_head
 
@@ -18,6 +18,9 @@ from rlzoo.engines.vllm import repack_tied_head
 class SyncWorker:
     """Mixed into vLLM's worker class."""
 
+    reload_weights: Callable[..., None]  # these three are the worker's
+    get_model: Callable[[], nn.Module]
+    model_config: Any
     rlzoo_version = -1  # policy version of the weights held; -1 before the first load
 
     def rlzoo_load(self, path: str, version: int) -> dict[str, Any]:

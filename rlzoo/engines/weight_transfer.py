@@ -99,7 +99,8 @@ def meeting_point(addresses: Sequence[str]) -> tuple[str, int]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way, socket.socket() as probe:
         way.connect((elsewhere[0] if elsewhere else hosts[0], 9))
         probe.bind((way.getsockname()[0], 0))
-        return probe.getsockname()
+        host, port = probe.getsockname()
+        return host, port
 
 
 def trainer_info(replicas: Sequence[Replica]) -> Any:
@@ -225,10 +226,11 @@ class NcclTransfer:
             UserError: a replica that was started without the nccl backend.
             RuntimeError, OSError: the transfer failed; replicas may have to be started again.
         """
-        if self._engine is None or not same_group(self.client, replicas):
+        client = self.client
+        if client is None or not same_group(client, replicas):
             self._drop()
-            self._connect(replicas)
-        self.source.named, self.client.version = named, str(version)
+            client = self._connect(replicas)
+        self.source.named, client.version = named, str(version)
         torch.cuda.synchronize()  # vLLM packs on streams of its own, which await no optimizer step
         try:
             self._engine.send_weights()
@@ -238,23 +240,27 @@ class NcclTransfer:
         finally:
             self.source.named = {}
 
-    def _connect(self, replicas: Sequence[Replica]) -> None:
+    def _connect(self, replicas: Sequence[Replica]) -> FanOut:
         choose_transfer("nccl", torch.cuda.is_available(), {r.address: r.backend for r in replicas})
         with isolated(self.log_file, keep="VLLM_"):
             import_vllm(self.log_file)
             from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
-        self.client = FanOut(replicas, self.timeout, self.key)
-        self.client.shutdown_weight_transfer_engine()  # an earlier trainer's group may be left
+        client = FanOut(replicas, self.timeout, self.key)
+        client.shutdown_weight_transfer_engine()  # an earlier trainer's group may be left
         self._engine = WeightTransferTrainerFactory.trainer_init(
-            trainer_info(replicas), client=self.client, source=self.source
+            trainer_info(replicas),
+            client=client,
+            source=self.source,  # type: ignore[arg-type]  # a WeightSource in all but its class
         )
         if not self._engine.model_update_group.available:
             self._drop()
             raise RuntimeError("vLLM found no nccl library here: its transfer would send nothing.")
+        self.client = client
+        return client
 
     def close(self) -> None:
         """Lets the replicas go; they may be connected to again."""
-        if self._engine is not None:
+        if self.client is not None:
             try:
                 self.client.shutdown_weight_transfer_engine()
             except RuntimeError:

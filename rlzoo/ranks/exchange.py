@@ -40,11 +40,11 @@ def all_gather(item: Any) -> list[Any]:
     return items
 
 
-def talking_group() -> ProcessGroup:
+def talking_group() -> ProcessGroup | None:
     """A gloo group of all ranks, made at the first call; collective then."""
     global _made
     whole = dist.group.WORLD
-    if dist.get_backend() == "gloo":
+    if whole is None or dist.get_backend() == "gloo":
         return whole
     beside, group = (made() for made in _made)
     if beside is not whole or group is None:  # the first, or one that was ended and begun anew
@@ -55,7 +55,8 @@ def talking_group() -> ProcessGroup:
 
 def new_gloo_group(whole: ProcessGroup) -> ProcessGroup:
     """With the time-out of the group that it stands beside: `strategy.timeout`."""
-    return dist.new_group(backend="gloo", timeout=exchange_timeout(whole))
+    group: ProcessGroup = dist.new_group(backend="gloo", timeout=exchange_timeout(whole))
+    return group
 
 
 def exchange_timeout(whole: ProcessGroup) -> timedelta:

@@ -1,5 +1,5 @@
-"""Where this process is, for the other ranks to read: its phase, the exchange that it waits in, and a
-count that moves on with either. A run that stands still says so by this (`RankWatch`)."""
+"""Where this process is, for the other ranks to read: its phase, the exchange that it waits in, and
+a count that moves on with either. A run that stands still says so by this (`RankWatch`)."""
 
 from __future__ import annotations
 

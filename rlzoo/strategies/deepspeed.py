@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from argparse import Namespace
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Trainer
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlzoo.errors import UserError, check_choice
-from rlzoo.learning.optimization import clip_limit
+from rlzoo.learning.optimization import OptimizationModule, clip_limit
 from rlzoo.values import AtLeast0, Positive
 
 log = logging.getLogger(__name__)
@@ -139,11 +139,9 @@ class DeepSpeed(DeepSpeedStrategy):
         self._init_config_if_needed()
         held = None
         if self.zero_stage_3:
-            from transformers.integrations import HfDeepSpeedConfig
+            from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-            held = HfDeepSpeedConfig(
-                self.config
-            )  # transformers looks at it through a weak reference
+            held = HfDeepSpeedConfig(self.config)  # transformers keeps a weak reference alone
         yield
         del held
 
@@ -153,10 +151,10 @@ class DeepSpeed(DeepSpeedStrategy):
             return
         import deepspeed
 
-        zero = {
-            k: v for k, v in self.config["zero_optimization"].items() if k != "offload_optimizer"
-        }
-        config = {k: v for k, v in self.config.items() if k != "gradient_accumulation_steps"}
+        config = dict(self.config or {})
+        config.pop("gradient_accumulation_steps", None)
+        zero = dict(config["zero_optimization"])
+        zero.pop("offload_optimizer", None)
         for side in getattr(self.lightning_module, "side_models", ()):
             # An engine of its own, without optimizer, gathers the frozen model's parts.
             engine = deepspeed.initialize(
@@ -174,9 +172,9 @@ class DeepSpeed(DeepSpeedStrategy):
         if self.stage == 1 and half and trainer.accumulate_grad_batches > 1:
             log.warning(
                 "strategy=deepspeed_zero1 adds the gradients of"
-                f" trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} microbatches up"
-                " in half precision, where small ones are lost. Take strategy=deepspeed_zero2, which"
-                " adds them up in float32."
+                f" trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} microbatches"
+                " up in half precision, where small ones are lost. Take strategy=deepspeed_zero2,"
+                " which adds them up in float32."
             )
         super().setup(trainer)
 
@@ -205,8 +203,8 @@ def with_options(zero: dict[str, Any], options: Mapping[str, Any]) -> dict[str, 
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"strategy.options.{name}: DeepSpeed does not take it ({first['msg']}). Options are those"
-            " of its zero_optimization."
+            f"strategy.options.{name}: DeepSpeed does not take it ({first['msg']}). Options are"
+            " those of its zero_optimization."
         ) from error
     return config
 
@@ -263,8 +261,9 @@ def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
 
     Args:
         optimizer: a DeepSpeedZeroOptimizer or DeepSpeedZeroOptimizer_Stage3.
-        strategy: whose module has `settle_update(norms) -> skip reason or None`.
+        strategy: of an OptimizationModule.
     """
+    module = cast(OptimizationModule, strategy.lightning_module)
     third = hasattr(optimizer, "_get_norm_groups")
     name = "_get_norm_groups" if third else "scaled_global_norm"
     norms_of_parts = getattr(optimizer, name) if third else partial(partition_norms, optimizer)
@@ -275,15 +274,14 @@ def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
         return optimizer.sub_group_to_group_id[part] if third else part
 
     def name_of(part: int) -> str:
-        return optimizer.param_groups[group_of(part)]["name"]
+        return str(optimizer.param_groups[group_of(part)]["name"])
 
     def settled(*_: Any) -> Any:
         """Norms for ZeRO to look at: those of the parts, or infinite ones to skip the update."""
-        module = strategy.lightning_module
         limit = clip_limit(module.trainer.gradient_clip_val)
         # DeepSpeed reports what is not finite as -1.
         parts = [float(norm) if norm >= 0 else math.inf for norm in norms_of_parts()]
-        squares: Counter[str] = Counter()
+        squares: dict[str, float] = defaultdict(float)
         for part, norm in enumerate(parts):
             if name_of(part) not in module.frozen_groups:
                 squares[name_of(part)] += norm**2
@@ -299,7 +297,7 @@ def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
         return list(found) if third else found.norm()
 
     def clipped_step(_: Any, part: int) -> None:
-        if name_of(part) in strategy.lightning_module.frozen_groups:
+        if name_of(part) in module.frozen_groups:
             return
         shards = "fp32_partitioned_groups_flat" if third else "single_partition_of_fp32_groups"
         getattr(optimizer, shards)[part].grad.mul_(scales[name_of(part)])

@@ -33,7 +33,7 @@ class FSDP(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        module = self.lightning_module.to(self.root_device)
+        module = trainer.lightning_module.to(self.root_device)
         policy = MixedPrecisionPolicy()
         if trainer.precision == "bf16-mixed":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
