@@ -27,7 +27,7 @@ NUM_PROMPTS = 256
 
 @torch.no_grad()
 def entropy_and_kl_to_start(run_dir: Path) -> dict[str, float]:
-    """Token means, nats, over one response of the final policy to each of 256 validation prompts."""
+    """Token means, nats, over a response of the final policy to each of 256 validation prompts."""
     transformers.utils.logging.disable_progress_bar()
     config = OmegaConf.load(run_dir / "config.yaml")
     tokenizer = load_tokenizer(config.model.path)

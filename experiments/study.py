@@ -3,9 +3,10 @@
     python experiments/study.py experiments/NAME [--seeds 3] [--jobs 2] [--runs outputs/NAME]
 
 `experiments/NAME/variants.yaml` names the variants, each a list of overrides, the overrides common
-to all, and what a variant is called in the tables (`label`; "variant" if not given). Every run is a process of its own with one thread; runs that are already there are
-not run again, interrupted ones are resumed. Written beside the variants: `results.csv` (a row per
-run), `curves.csv` (a row per validation), `table.md` (a row per variant) and `figure.png`.
+to all, and what a variant is called in the tables (`label`; "variant" if not given). Every run is
+a process of its own with one thread; runs that are already there are not run again, interrupted
+ones are resumed. Written beside the variants: `results.csv` (a row per run), `curves.csv` (a row
+per validation), `table.md` (a row per variant) and `figure.png`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rlzoo.report.columns import AVG, PASS, validated_ks  # noqa: E402
 
 Job = tuple[str, int]  # variant, seed
 SPENT = ("responses", "tokens", "updates", "seconds", "planning_share", "pilot_share")
+MEANS = ("entropy", "kl_to_start", "tokens", "updates", "seconds")
 # 97.5% points of Student's t by degrees of freedom, and of the normal distribution beyond.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 1.960]
 CURVE = ("rollout_step", "responses", "tokens", "updates", "time/seconds")
@@ -143,15 +145,15 @@ def table(rows: list[dict], k: int) -> str:
     ]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
-        get = lambda name, scale=1.0: [scale * float(row[name]) for row in mine]  # noqa: E731
-        first, last, best = (get(f"avg_at_{k}_{x}", 100) for x in ("first", "last", "best"))
+        mean = {name: np.mean([float(row[name]) for row in mine]) for name in MEANS}
+        columns = [f"avg_at_{k}_{x}" for x in ("first", "last", "best")] + [f"pass_at_{k}_last"]
+        first, last, best, passed = ([100 * float(row[name]) for row in mine] for name in columns)
         gain = np.subtract(last, first)
-        mean = lambda name, scale=1.0: float(np.mean(get(name, scale)))  # noqa: E731
         lines.append(
-            f"| {variant} | {np.mean(first):.1f} → {interval(last)} | {gain.mean():.1f} ({gain.min():.1f})"
-            f" | {np.mean(np.subtract(best, last)):.1f} | {interval(get(f'pass_at_{k}_last', 100))}"
-            f" | {mean('entropy'):.3f} | {mean('kl_to_start'):.3f} | {mean('tokens', 1e-3):.0f}"
-            f" | {mean('updates'):.0f} | {mean('seconds'):.0f} |"
+            f"| {variant} | {np.mean(first):.1f} → {interval(last)}"
+            f" | {gain.mean():.1f} ({gain.min():.1f}) | {np.mean(np.subtract(best, last)):.1f}"
+            f" | {interval(passed)} | {mean['entropy']:.3f} | {mean['kl_to_start']:.3f}"
+            f" | {mean['tokens'] / 1000:.0f} | {mean['updates']:.0f} | {mean['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

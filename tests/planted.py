@@ -1,4 +1,4 @@
-"""Plants each fault of planted.yaml in a copy of the repository and runs the tests that must notice.
+"""Plants each fault of planted.yaml in a copy of rlzoo and runs the tests that must notice.
 
     python tests/planted.py [WORDS]     # only the faults whose description has these words
 

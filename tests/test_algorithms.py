@@ -1,4 +1,4 @@
-"""What makes each algorithm that algorithm: whom it trains on, what it credits, what it minimises."""
+"""What makes each algorithm that algorithm: what it trains on, credits and minimises."""
 
 import math
 

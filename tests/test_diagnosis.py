@@ -27,6 +27,7 @@ from rlzoo.models.policy import load_policy, load_tokenizer
 from rlzoo.types import Prompt, Rollouts
 
 LIMIT = 24  # tokens of a response
+SAMPLED = SamplingParams(1.0, LIMIT)
 TOKENIZER = load_tokenizer("tiny")
 
 
@@ -68,7 +69,7 @@ class Planted(TransformersEngine):
 def diagnosed(
     policy: nn.Module,
     engine: Planted,
-    sampled: SamplingParams = SamplingParams(1.0, LIMIT),
+    sampled: SamplingParams = SAMPLED,
     temperature: float = 1.0,
     precision: str = "32-true",
     context: Callable[[], AbstractContextManager[None]] = nullcontext,

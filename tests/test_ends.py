@@ -158,7 +158,7 @@ class StopsAtOnce(Callback):
 
 
 def test_an_end_of_lightnings_closes_the_run(tmp_path):
-    """`should_stop` inside a step waits for its boundary; leaving checkpoints out leaves the end."""
+    """`should_stop` inside a step waits for its boundary; without checkpoints the end stays."""
     for name, stopped_by, options in (
         ("epochs", "trainer.max_epochs=1", ["trainer.max_epochs=1", "callbacks.checkpoint=null"]),
         ("asked", "trainer.should_stop", ["+callbacks.own._target_=tests.test_ends.StopsAtOnce"]),

@@ -1,4 +1,4 @@
-"""A policy sharded by FSDP over two gloo ranks goes to the engines whole, parameter by parameter."""
+"""A policy sharded by FSDP over two gloo ranks reaches the engines whole, tensor by tensor."""
 
 from pathlib import Path
 

@@ -58,7 +58,7 @@ def test_both_wrong_is_a_pair_only_if_asked():
 def loss_and_gradient(
     chosen: float, rejected: float, **changes: object
 ) -> tuple[float, list[list[float]]]:
-    """Mean loss of one pair of two tokens each, at these summed log-ratios, and d loss / d logprobs."""
+    """Mean loss of a pair of two tokens each at summed log-ratios, and d loss / d logprobs."""
     algo = build("iterative_dpo", **changes)
     rollouts = step([1.0, 0.0])
     rollouts.responses = [torch.tensor([5, 6]), torch.tensor([7, 8])]

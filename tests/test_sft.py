@@ -64,7 +64,7 @@ def sft_gradient(split: int, ranks: int = 1, rank: int = 0, pairs=PAIRS, **chang
 
 
 def rank_gradient() -> torch.Tensor:
-    """Of a process among others: averaged over them, that of one alone (tests/test_two_ranks.py)."""
+    """Of one process of several: averaged over them, that of one alone (test_two_ranks.py)."""
     rank, size = world()
     return sft_gradient(2, size, rank)
 

@@ -1,5 +1,5 @@
-"""Two processes over gloo train as one does: every algorithm, from scoring to averaged gradients, and
-what is logged of them, a rank without data included."""
+"""Two processes over gloo train as one does: every algorithm, from scoring to averaged gradients,
+and what is logged of them, a rank without data included."""
 
 import dataclasses
 import math
@@ -64,7 +64,7 @@ class Talkative(RAFT):
 
 def logged() -> dict[str, dict[str, float]]:
     """What each algorithm logs of a rollout step in which one unit trains, so that rank 1 has
-    nothing but blank microbatches; and of one in which ranks and microbatches report other names."""
+    nothing but blank microbatches; and of one in which ranks and microbatches have other names."""
     found = {}
     for name in NAMES:
         lonely = recorded_rollouts((2,) if name == "iterative_dpo" else (1,))

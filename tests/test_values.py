@@ -1,4 +1,4 @@
-"""Values that are no values, and settings that nothing takes, are refused before anything is built."""
+"""Values that are none, and settings that nothing takes, are refused before anything is built."""
 
 import contextlib
 import copy
@@ -120,7 +120,7 @@ NO_VALUES = {
     "callbacks.checkpoint=often": "callbacks.checkpoint must be a mapping with a _target_",
     "callbacks.weight_sync.probe_tolerance=-1": "callbacks.weight_sync.probe_tolerance",
     "callbacks.rank_watch.patience=nan": "callbacks.rank_watch.patience must be a number",
-    "model.gradient_checkpointing='yes please'": "model.gradient_checkpointing must be true or false",
+    "model.gradient_checkpointing='yes please'": "model.gradient_checkpointing must be true or f",
     "model.path=5": "model.path must be text",
     "sampler=gvm sampler.callback.pilots=0": "sampler.callback.pilots must be a whole number",
     "sampler=gvm sampler.allocator.alpha=inf": "sampler.allocator.alpha must be a number, above 0",

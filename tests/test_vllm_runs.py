@@ -31,7 +31,7 @@ main()
 
 
 def orphaned_memory() -> set[str]:
-    """Shared memory that no running process has mapped or open; other tests may have some in use."""
+    """Shared memory that no process has mapped or open; other tests may have some in use."""
     held: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended

@@ -1,4 +1,4 @@
-"""Two gloo ranks with an engine each: both start, draw, and leave the ranks' own traffic working."""
+"""Two gloo ranks with an engine each: both start, draw, and leave the ranks' traffic working."""
 
 from pathlib import Path
 

@@ -365,7 +365,7 @@ def openrlhf(x: Arrays) -> Arrays:
         sampler = x[f"sampler_logprobs/{batch}"]
         store(
             f"tis/{batch}/token_mean",
-            lambda lp, s=sampler: tis(lp, old, x["token_advantages"], mask, s)[0],
+            lambda lp, s=sampler, tis=tis: tis(lp, old, x["token_advantages"], mask, s)[0],
             x["logprobs/ordinary"],
         )
     for label, clip in (("clipped", VALUE_CLIP), ("unclipped", None)):

@@ -44,7 +44,7 @@ STRATEGIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained on: one rollout step of uneven groups, or one of which a single one trains."""
+    """What is trained on: a rollout step of uneven groups, or one of which a single one trains."""
 
     algo: str
     accumulate: int = 1
