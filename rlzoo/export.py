@@ -21,8 +21,8 @@ from transformers import (
 from rlzoo.errors import UserError
 from rlzoo.models.checkpoints import data_state, kind_of, policy_weights, read_state
 from rlzoo.models.finite import not_finite
-from rlzoo.models.loading import load_config
-from rlzoo.models.policy import load_tokenizer, model_directory
+from rlzoo.models.loading import load_config, model_directory
+from rlzoo.models.policy import load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from rlzoo.export import run_config
 from rlzoo.launch.configuration import conf_dir
 from rlzoo.launch.resuming import check_changes, differences, record_of
 from rlzoo.launch.summary import read_metrics
-from rlzoo.models.policy import TINY
+from rlzoo.models.loading import TINY
 from rlzoo.types import Prompt
 from tests import warm
 from tests.test_ends import contents

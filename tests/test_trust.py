@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from rlzoo.models.policy import TINY
+from rlzoo.models.loading import TINY
 from rlzoo.rewards.math import verdict
 from tests import warm
 

@@ -35,8 +35,9 @@ from rlzoo.engines.probe import as_rollouts
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.engines.vllm import VLLMEngine
 from rlzoo.learning.microbatching import Plan, collate
+from rlzoo.models.loading import TINY
 from rlzoo.models.logprobs import response_scores
-from rlzoo.models.policy import TINY, eos_token_ids, load_policy, load_tokenizer
+from rlzoo.models.policy import eos_token_ids, load_policy, load_tokenizer
 from rlzoo.types import Prompt
 
 PROMPTS, LARGEST = 256, 16

@@ -136,10 +136,13 @@ def remainders(rng: random.Random, level: int) -> Problem:
             rest = work.step(f"{carried}%{divisor}", carried % divisor)
         return rest
 
-    wanted = rng.choice(
-        (f"the remainder of {number} divided by {divisor}", f"{number} mod {divisor}")
+    question = rng.choice(
+        (
+            f"What is the remainder of {number} divided by {divisor}?",
+            f"What is {number} mod {divisor}?",
+        )
     )
-    return Problem(f"What is {wanted}?", solve)
+    return Problem(question, solve)
 
 
 def equations(rng: random.Random, level: int) -> Problem:

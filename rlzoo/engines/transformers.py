@@ -20,7 +20,7 @@ from rlzoo.engines.base import Request, Response, SamplingParams, check_version,
 from rlzoo.engines.decoding import choose_decoder
 from rlzoo.engines.probe import trainer_scores
 from rlzoo.engines.shapes import checked_weights
-from rlzoo.errors import UserError
+from rlzoo.errors import check_at_least
 from rlzoo.models.checks import check_placed
 from rlzoo.models.policy import without_lora
 from rlzoo.rng import uniforms
@@ -65,8 +65,7 @@ class TransformersEngine:
         max_rows: AtLeast1 = 512,
         device: Device = "auto",
     ) -> None:
-        if max_rows < 1:
-            raise UserError(f"engine.max_rows must be at least 1, got {max_rows}.")
+        check_at_least("engine.max_rows", max_rows, 1)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device, self.max_rows, self.pad_token_id = torch.device(device), max_rows, pad_token_id
@@ -139,11 +138,10 @@ class TransformersEngine:
     ) -> Rows:
         """Decodes one wave: each prompt is prefilled once, rows leave as they finish."""
         limit, (num, device) = params.max_response_tokens, (len(wave), self.device)
+        noise = np.stack([uniforms(seed, limit) for _, seed in wave])
         rows = Rows(
             request=np.array([request for request, _ in wave]),
-            noise=torch.from_numpy(np.stack([uniforms(seed, limit) for _, seed in wave])).to(
-                device
-            ),
+            noise=torch.from_numpy(noise).to(device),
             tokens=torch.zeros(num, limit, dtype=torch.long, device=device),
             logprobs=torch.zeros(num, limit, device=device),
             lengths=torch.zeros(num, dtype=torch.long, device=device),

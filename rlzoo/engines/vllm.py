@@ -87,11 +87,8 @@ class VLLMEngine:
     ) -> None:
         check_choice("engine.dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
         check_choice("engine.sleep_level", sleep_level, (0, 1, 2))
-        for key, value in {
-            "max_num_seqs": max_num_seqs,
-            "tensor_parallel": tensor_parallel,
-        }.items():
-            check_at_least(f"engine.{key}", value, 1)
+        check_at_least("engine.max_num_seqs", max_num_seqs, 1)
+        check_at_least("engine.tensor_parallel", tensor_parallel, 1)
         if not 0 < gpu_memory_share <= 1:
             raise UserError(f"engine.gpu_memory_share must be in (0, 1], got {gpu_memory_share}.")
         if kv_cache_gb is not None and not kv_cache_gb > 0:

@@ -128,15 +128,6 @@ class VLLMServerEngine:
         self._private: PrivateFolder | None = None  # made at the first sync through a folder
         self._checked = False
 
-    @property
-    def alive(self) -> list[str]:
-        """Addresses of the replicas that are asked."""
-        return self.replicas.alive
-
-    @alive.setter
-    def alive(self, addresses: list[str]) -> None:
-        self.replicas.alive = addresses
-
     # --- life -------------------------------------------------------------------------------
 
     def wake(self) -> None:
@@ -146,7 +137,7 @@ class VLLMServerEngine:
             UserError: none answers, or one has another model or vLLM, or no engine.transfer=nccl.
         """
         if not self._checked:
-            self.alive = list(self.replicas.addresses)
+            self.replicas.alive = list(self.replicas.addresses)
             found = self.replicas.everywhere(self._describe)
             for address, described in found.items():
                 self._check_replica(address, described)
@@ -247,13 +238,13 @@ class VLLMServerEngine:
         }
         problem = None
         if rank == 0:
-            self.alive = list(self.replicas.addresses)
+            self.replicas.alive = list(self.replicas.addresses)
             send = self._send_by_nccl if self.transfer == "nccl" else self._send_by_folder
             try:
                 send(kept, version)
             except (ValueError, RuntimeError, OSError) as error:
                 problem = f"{type(error).__name__}: {error}"
-        problem, self.alive = all_gather((problem, self.alive))[0]
+        problem, self.replicas.alive = all_gather((problem, self.replicas.alive))[0]
         if problem:
             raise RuntimeError(f"A weight sync to the servers failed: {problem}")
         self.version = version

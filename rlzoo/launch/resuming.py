@@ -17,7 +17,7 @@ from rlzoo.data.rollout_files import rollout_files
 from rlzoo.errors import UserError
 from rlzoo.launch.configuration import leaves, overrides_given, plain
 from rlzoo.models.checkpoints import data_state
-from rlzoo.models.policy import model_directory
+from rlzoo.models.loading import model_directory
 from rlzoo.report.ledger import Ledger, Limits
 
 # What a key may do when a run is resumed; the first pattern that fits counts, `*` is any text.

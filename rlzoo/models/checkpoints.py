@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from rlzoo.errors import UserError
 from rlzoo.models.lora import merged
@@ -103,8 +104,6 @@ def check_shards(path: Path) -> None:
     Raises:
         pickle.UnpicklingError: something in it would be run.
     """
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
     for file in path.glob("*.metadata"):
         with file.open("rb") as stream:
             metadata = Harmless(stream).load()

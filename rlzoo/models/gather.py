@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.integrations import deepspeed as integration
 
 T = TypeVar("T")
 
@@ -85,8 +86,6 @@ def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
 @contextmanager
 def loading_whole() -> Iterator[None]:
     """Within it, transformers loads models whole where ZeRO-3 has it load them in parts."""
-    from transformers.integrations import deepspeed as integration
-
     reference = integration._hf_deepspeed_config_weak_ref
     held = None if reference is None else reference()
     integration.unset_hf_deepspeed_config()

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlzoo.errors import UserError
 from rlzoo.models.finite import broken_weights
@@ -121,7 +122,7 @@ def load_model(
             **where,
         )
 
-    if loads_in_parts():  # transformers looks at no names and shapes then
+    if is_deepspeed_zero3_enabled():  # transformers looks at no names and shapes then
         with loading_whole():
             empty, found = told(source, lambda: load(device_map="meta"))
         check_names(found, empty, source)
@@ -132,13 +133,6 @@ def load_model(
     check_padding_row(policy, Path(directory), source)
     freeze_other_parts(policy)
     return policy
-
-
-def loads_in_parts() -> bool:
-    """Whether ZeRO-3 is about to hold what is loaded in parts."""
-    from transformers.integrations import deepspeed as integration
-
-    return bool(integration.is_deepspeed_zero3_enabled())
 
 
 def check_names(found: dict[str, Any], model: nn.Module, source: str) -> None:
@@ -182,7 +176,9 @@ def check_tied(policy: PreTrainedModel, directory: Path, source: str) -> None:
         return
     for name, other in policy.get_expanded_tied_weights_keys(all_submodels=True).items():
         apart = name not in policy.all_tied_weights_keys
-        if not apart and loads_in_parts():  # transformers has compared what it does not hold
+        if (
+            not apart and is_deepspeed_zero3_enabled()
+        ):  # transformers has compared what it does not hold
             ours, theirs = stored(directory, name), stored(directory, other)
             apart = ours is not None and theirs is not None and not torch.equal(ours, theirs)
         if apart:

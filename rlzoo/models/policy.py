@@ -19,19 +19,11 @@ from rlzoo.models.checkpoints import is_checkpoint, policy_weights
 from rlzoo.models.checks import can_be_checked, check_policy
 from rlzoo.models.gather import load_whole, loading_whole, whole_shape
 from rlzoo.models.limits import check_tokenizer, set_limits, text_config
-from rlzoo.models.loading import (
-    TINY,
-    check_finite,
-    load_config,
-    load_model,
-    model_directory,
-    some,
-)
+from rlzoo.models.loading import check_finite, load_config, load_model, model_directory, some
 from rlzoo.models.lora import add_lora
 from rlzoo.models.noise import switch_off_noise
 from rlzoo.types import PolicyFactory
 
-__all__ = ["TINY", "load_policy", "load_tokenizer", "model_directory"]
 log = logging.getLogger(__name__)
 
 
@@ -91,10 +83,7 @@ def load_frozen(
 ) -> PreTrainedModel:
     """The same model as `load_policy`, for an engine: without adapters, in any dtype."""
     policy = load_model(
-        path,
-        dtype=getattr(torch, dtype),
-        attention=attention,
-        trust_remote_code=trust_remote_code,
+        path, dtype=getattr(torch, dtype), attention=attention, trust_remote_code=trust_remote_code
     )
     source = f"model.path={path}"
     if init_from is not None:

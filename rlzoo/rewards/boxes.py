@@ -54,7 +54,8 @@ def final_answers(text: str) -> tuple[str, ...]:
     if closing := list(_CLOSING.finditer(text, boxes[-1].end)):
         return (closing[-1][1],)
     joined, nearby, _ = _chain(text, boxes)
-    return tuple(dict.fromkeys((", ".join(joined), ", ".join(nearby))))
+    readings = [", ".join(parts) for parts in (joined, nearby)]
+    return (readings[0],) if readings[0] == readings[1] else (readings[0], readings[1])
 
 
 def boxed_answer(text: str) -> str | None:

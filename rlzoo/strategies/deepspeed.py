@@ -18,6 +18,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -191,7 +192,6 @@ def with_options(zero: dict[str, Any], options: Mapping[str, Any]) -> dict[str, 
             it does not take.
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
 
     for name in options:
         if name in OWN_KEYS:

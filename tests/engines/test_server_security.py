@@ -15,7 +15,8 @@ from rlzoo.engines.vllm_server import VLLMServerEngine, serve_command
 from rlzoo.engines.weight_transfer import FanOut
 from rlzoo.errors import UserError
 from rlzoo.launch.configuration import conf_dir
-from rlzoo.models.policy import TINY, load_policy
+from rlzoo.models.loading import TINY
+from rlzoo.models.policy import load_policy
 from tests.engines.test_weight_transfer import LENGTHS, recorder, replica
 
 KEY = "a key that nobody guesses"
@@ -121,14 +122,14 @@ def test_a_replica_that_would_obey_anyone_is_named(tmp_path, monkeypatch, caplog
     guarded = recorder(lambda path, body: (401, {"error": "Unauthorized"}))
     with recorder(answer) as opened, guarded as closed:
         engine = make([opened.address, closed.address], tmp_path)
-        engine.alive = [opened.address, closed.address]
+        engine.replicas.alive = [opened.address, closed.address]
         engine._tell_of_open_ones()
         assert opened.keys == closed.keys == [None]
     assert f"{opened.address} does what it is asked without a key" in caplog.text
     assert closed.address not in caplog.text
     monkeypatch.delenv("VLLM_API_KEY")
     engine = make([opened.address], tmp_path)  # on loopback, without a key: nobody is asked
-    engine.alive = [opened.address]
+    engine.replicas.alive = [opened.address]
     engine._tell_of_open_ones()
 
 
@@ -144,7 +145,7 @@ def test_all_replicas_are_asked_at_once(tmp_path):
     with recorder(wait) as one, recorder(wait) as two, recorder(wait) as three:
         engine = make([s.address for s in (one, two, three)], tmp_path)
         engine.load_weights(load_policy("tiny").named_parameters(), 5)
-        assert engine.version == 5 and len(engine.alive) == 3
+        assert engine.version == 5 and len(engine.replicas.alive) == 3
 
 
 # --- weights on their way -------------------------------------------------------------------------

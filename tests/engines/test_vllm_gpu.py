@@ -143,7 +143,7 @@ def test_weights_reach_every_replica_by_nccl_and_a_second_trainer_finds_them_fre
 def each_gap(engine, policy, addresses, worst=min) -> float:
     """The smallest (or largest) gap of a replica that is asked alone."""
     found = []
-    for engine.alive in [[address] for address in addresses]:
+    for engine.replicas.alive in [[address] for address in addresses]:
         found.append(mean_gap(engine, policy))
-    engine.alive = list(addresses)
+    engine.replicas.alive = list(addresses)
     return worst(found)

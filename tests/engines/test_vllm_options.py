@@ -4,7 +4,7 @@ import pytest
 
 from rlzoo.engines.vllm import VLLMEngine
 from rlzoo.errors import UserError
-from rlzoo.models.policy import TINY
+from rlzoo.models.loading import TINY
 from tests import warm
 
 LENGTHS = {"max_prompt_tokens": 8, "max_response_tokens": 8}

@@ -194,7 +194,7 @@ def test_two_replicas_share_a_draw_hold_new_weights_and_lose_nothing_when_one_di
     flat = [r.token_ids.tolist() for group in again for r in group]
     kept = sum(a == b for a, b in zip(flat, sum(before, []), strict=True))
     assert kept >= 40  # seeds are the responses' own; other batches may move a last bit
-    assert engine.alive == [a for a in replicas if a != victim]
+    assert engine.replicas.alive == [a for a in replicas if a != victim]
     assert f"{victim} no longer answers" in caplog.text
 
     engine.load_weights(policy.named_parameters(), 2)  # goes on with the one that is left
