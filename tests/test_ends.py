@@ -10,6 +10,7 @@ from lightning import Callback
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from rlzoo.bench._equal import equal_but_time
 from rlzoo.callbacks import Checkpoint
 from rlzoo.errors import UserError
 from rlzoo.export import export
@@ -17,7 +18,6 @@ from rlzoo.launch.run_dir import claim, find_checkpoint
 from rlzoo.launch.summary import read_metrics
 from rlzoo.models.finite import not_finite
 from rlzoo.models.loading import TINY
-from rlzoo.report.loggers import equal_but_time
 from tests import warm
 
 ONE_STEP = "limits.max_responses=16"

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlzoo.bench._equal import equal_but_time
 from rlzoo.callbacks import gvm
 from rlzoo.callbacks.weight_sync import WeightSync
 from rlzoo.engines.transformers import TransformersEngine
-from rlzoo.report.loggers import equal_but_time
 from tests import warm
 
 TWO_PLANS = (

@@ -8,8 +8,9 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from rlzoo.bench._equal import equal_but_time
 from rlzoo.errors import UserError
-from rlzoo.report.loggers import CSVLogger, equal_but_time
+from rlzoo.report.loggers import CSVLogger
 
 CONF = Path(__file__).parent.parent / "conf"
 ROWS = [

@@ -4,7 +4,9 @@ import math
 import pytest
 from rich.console import Console
 
-from rlzoo.report.progress import HEADER, HEADER_EVERY, Bars, step_line
+from rlzoo.report.progress import HEADER_EVERY, Bars, header, step_line
+
+HEADER = header(8)
 
 FULL = {
     "rollout_step": 1234,

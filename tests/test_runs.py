@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlzoo.bench._equal import equal_but_time
 from rlzoo.launch.summary import read_metrics
-from rlzoo.report.loggers import equal_but_time
 from tests import warm
 
 ROOT = Path(__file__).parents[1]

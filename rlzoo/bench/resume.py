@@ -34,10 +34,10 @@ from pathlib import Path
 
 import torch
 
+from rlzoo.bench._equal import equal_but_time
 from rlzoo.bench._watched import PHASES, WHERE, phase_of
 from rlzoo.launch.summary import read_metrics
 from rlzoo.models.checkpoints import whole_weights
-from rlzoo.report.loggers import equal_but_time
 
 STRATEGIES = ("ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp")
 STEPS = 8  # rollout steps of a run, two an epoch

@@ -136,13 +136,10 @@ def remainders(rng: random.Random, level: int) -> Problem:
             rest = work.step(f"{carried}%{divisor}", carried % divisor)
         return rest
 
-    question = rng.choice(
-        (
-            f"What is the remainder of {number} divided by {divisor}?",
-            f"What is {number} mod {divisor}?",
-        )
+    wanted = rng.choice(
+        (f"the remainder of {number} divided by {divisor}", f"{number} mod {divisor}")
     )
-    return Problem(question, solve)
+    return Problem(f"What is {wanted}?", solve)
 
 
 def equations(rng: random.Random, level: int) -> Problem:

@@ -73,20 +73,16 @@ def as_bytes(*texts: str | None) -> bytes:
 
 def prompts_differ(before: dict[str, Any], now: dict[str, Any], which: str) -> str | None:
     """How the prompts of a split differ from those that a run began with; None if they do not."""
-    if before["count"] != now["count"]:
-        return f"there were {before['count']:,} {which} prompts, now there are {now['count']:,}"
-    if before["set"] != now["set"]:
-        return f"some {which} prompts have other ids (another file, split, seed or filter)"
-    if before["ids"] != now["ids"]:
-        return f"the {which} prompts stand in another order"
-    if before["texts"] != now["texts"]:
-        return f"some {which} prompts have another question, answer or solution (an edited file?)"
-    if before["tokens"] != now["tokens"]:
-        return (
-            f"the {which} prompts are rendered to other tokens (another tokenizer, chat template,"
-            " or data.template)"
-        )
-    return None
+    told = {  # the first that differs explains the others
+        "count": f"there were {before['count']:,} {which} prompts, now there are {now['count']:,}",
+        "set": f"some {which} prompts have other ids (another file, split, seed or filter)",
+        "ids": f"the {which} prompts stand in another order",
+        "texts": f"some {which} prompts have another question, answer or solution (an edited"
+        " file?)",
+        "tokens": f"the {which} prompts are rendered to other tokens (another tokenizer, chat"
+        " template, or data.template)",
+    }
+    return next((what for name, what in told.items() if before[name] != now[name]), None)
 
 
 def files_differ(before: Sequence[str] | None, now: Sequence[str] | None) -> str | None:

@@ -129,7 +129,7 @@ class CSVLogger(RunLogger):
         """
         self._close()
         rows, self._columns = state["rows"], list(state["columns"])
-        found = _read_csv(self.path) if self.path.exists() else ([], [])
+        found = read_csv(self.path) if self.path.exists() else ([], [])
         if "cells" in state:
             self._rows = [list(row) for row in state["cells"]]
         else:
@@ -193,33 +193,7 @@ class CSVLogger(RunLogger):
             self._file = None
 
 
-def equal_but_time(path_a: str | Path, path_b: str | Path) -> list[str]:
-    """Lists where two CSV files differ, columns that start with `time/` aside.
-
-    Returns:
-        One sentence per differing cell, missing column or missing row; empty for equal files.
-        Rows are counted from 1, the header apart.
-    """
-    header_a, rows_a = _read_csv(Path(path_a))
-    header_b, rows_b = _read_csv(Path(path_b))
-    differences = [
-        f"column {name}: only in {path}"
-        for path, names, others in ((path_a, header_a, header_b), (path_b, header_b, header_a))
-        for name in names
-        if name not in others and not name.startswith("time/")
-    ]
-    shared = [name for name in header_a if name in header_b and not name.startswith("time/")]
-    for i, (row_a, row_b) in enumerate(zip(rows_a, rows_b, strict=False), start=1):
-        for name in shared:
-            a, b = row_a[header_a.index(name)], row_b[header_b.index(name)]
-            if a != b:
-                differences.append(f"row {i}, column {name}: {a or 'empty'} != {b or 'empty'}")
-    if len(rows_a) != len(rows_b):
-        differences.append(f"rows: {len(rows_a)} != {len(rows_b)}")
-    return differences
-
-
-def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text; a last line that a killed writer left unfinished is no row."""
     text = path.read_text(encoding="utf-8", errors="replace")  # a person's may be anything
     try:

@@ -35,9 +35,6 @@ def header(k: int) -> list[str]:
     return TITLES.format(f"val avg@{k}").splitlines()
 
 
-HEADER = header(8)
-
-
 class Bars:
     """Live bars for nested phases, with lines printed above them.
 
@@ -138,28 +135,27 @@ def step_line(metrics: Mapping[str, float]) -> str:
         value = metrics.get(name)
         return "-" if value is None or math.isnan(value) else form(value)
 
-    lengths = f"{show('length/mean', _whole)}/{show('length/max', _whole)}"
+    lengths = f"{show('length/mean', _WHOLE)}/{show('length/max', _WHOLE)}"
     budgets = (
-        f"{show('budget/min', _whole)}/{show('budget/mean', _mean_budget)}"
-        f"/{show('budget/max', _whole)}"
+        f"{show('budget/min', _WHOLE)}/{show('budget/mean', _BUDGET)}/{show('budget/max', _WHOLE)}"
     )
     cells = [
-        (4, show("rollout_step", _whole)),
+        (4, show("rollout_step", _WHOLE)),
         (5, show("reward", _reward)),
-        (5, show("accept_rate", _percent)),
-        (5, show("val/avg", _percent)),
-        (5, show("entropy", "{:.3f}".format)),
-        (6, show("approx_kl", _kl)),
-        (4, show("clip_fraction", _short_percent)),
+        (5, show("accept_rate", _PERCENT)),
+        (5, show("val/avg", _PERCENT)),
+        (5, show("entropy", _form(3))),
+        (6, show("approx_kl", _KL)),
+        (4, show("clip_fraction", _SHORT_PERCENT)),
         (9, "-" if lengths == "-/-" else lengths),
-        (4, show("truncated", _short_percent)),
-        (4, show("degenerate_groups", _short_percent)),
+        (4, show("truncated", _SHORT_PERCENT)),
+        (4, show("degenerate_groups", _SHORT_PERCENT)),
         (9, "-" if budgets == "-/-/-" else budgets),
-        (4, show("time/sampling/train", _seconds)),
-        (4, show("time/verifying/train", _seconds)),
-        (4, show("time/scoring", _seconds)),
-        (4, show("time/training", _seconds)),
-        (4, show("plan", _seconds)),
+        (4, show("time/sampling/train", _SECONDS)),
+        (4, show("time/verifying/train", _SECONDS)),
+        (4, show("time/scoring", _SECONDS)),
+        (4, show("time/training", _SECONDS)),
+        (4, show("plan", _SECONDS)),
         (4, show("time/tokens_per_second", _rate)),
     ]
     return " ".join(text.rjust(width) for width, text in cells)
@@ -173,32 +169,23 @@ def of_any_name(metrics: Mapping[str, float]) -> dict[str, float]:
     return ({"val/avg": validated[-1]} if validated else {}) | ({"plan": sum(plan)} if plan else {})
 
 
-def _whole(value: float) -> str:
-    return f"{value:.0f}"
+def _form(
+    decimals: int, limit: float = math.inf, fewer: int = 0, unit: str = "", scale: int = 1
+) -> Callable[[float], str]:
+    """Writes a value with so many decimals, or with fewer from a limit on, to keep its column."""
+    return lambda value: f"{scale * value:.{decimals if value < limit else fewer}f}{unit}"
 
 
-def _mean_budget(value: float) -> str:
-    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+_WHOLE = _form(0)
+_BUDGET = _form(1, 9.95)
+_KL = _form(4, 9.99995, 1)
+_PERCENT = _form(1, 0.9995, unit="%", scale=100)
+_SHORT_PERCENT = _form(1, 0.0995, unit="%", scale=100)
+_SECONDS = _form(1, 9.95, unit="s")
 
 
 def _reward(value: float) -> str:
     return f"{value:.3f}" if value >= 0 else f"{value:.2f}"  # the sign takes a decimal's place
-
-
-def _kl(value: float) -> str:
-    return f"{value:.4f}" if value < 9.99995 else f"{value:.1f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if share < 0.9995 else f"{100 * share:.0f}%"
-
-
-def _short_percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if share < 0.0995 else f"{100 * share:.0f}%"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f}s" if value < 9.95 else f"{value:.0f}s"
 
 
 def _rate(value: float) -> str:

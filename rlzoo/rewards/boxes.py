@@ -54,8 +54,7 @@ def final_answers(text: str) -> tuple[str, ...]:
     if closing := list(_CLOSING.finditer(text, boxes[-1].end)):
         return (closing[-1][1],)
     joined, nearby, _ = _chain(text, boxes)
-    readings = [", ".join(parts) for parts in (joined, nearby)]
-    return (readings[0],) if readings[0] == readings[1] else (readings[0], readings[1])
+    return tuple(dict.fromkeys((", ".join(joined), ", ".join(nearby))))
 
 
 def boxed_answer(text: str) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlzoo.report.loggers import equal_but_time
+from rlzoo.bench._equal import equal_but_time
 from tests.multinode.conftest import SMALL
 from tests.multinode.hosts import PATIENCE, Program, finish, start, stop
 
