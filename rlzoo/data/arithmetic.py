@@ -109,10 +109,8 @@ def order_of_operations(rng: random.Random, level: int) -> Problem:
     """Products before sums: one to three products among one to three single terms."""
     num_products = (1, 1, 2, 2, 3)[level - 1]
     num_terms = (1, 2, 1, 2, 3)[level - 1]
-    parts: list[tuple[int, ...]] = [
-        (rng.randint(2, 9), rng.randint(2, 9)) for _ in range(num_products)
-    ]
-    parts += [(rng.randint(1, 30),) for _ in range(num_terms)]
+    parts = [[rng.randint(2, 9), rng.randint(2, 9)] for _ in range(num_products)]
+    parts += [[rng.randint(1, 30)] for _ in range(num_terms)]
     rng.shuffle(parts)
     shown = " + ".join(" * ".join(map(str, part)) for part in parts)
 

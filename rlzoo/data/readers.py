@@ -51,7 +51,12 @@ def read_rows(path: Path, columns: Sequence[str], file_format: str = "auto") -> 
             yield from read_parquet(path, columns)
         else:
             with found.open() as file:
-                yield from TEXT_READERS[found.kind](file, found, path, columns)
+                if found.kind == "csv":
+                    yield from read_csv(file, found, path, columns)
+                elif found.is_array:
+                    yield from read_array(file, found, path)
+                else:
+                    yield from read_lines(file, found)
     except BROKEN as error:
         raise cut_short(path, error) from error
     except UnicodeDecodeError as error:
@@ -99,10 +104,6 @@ def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(
     parse_float=Decimal, parse_int=Decimal, parse_constant=Decimal, object_pairs_hook=json_object
 )
-
-
-def read_json(file: BinaryIO, found: Content, path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    return read_array(file, found, path) if found.is_array else read_lines(file, found)
 
 
 def read_lines(file: BinaryIO, found: Content) -> Iterator[Row]:
@@ -211,9 +212,6 @@ def read_csv(file: BinaryIO, found: Content, path: Path, columns: Sequence[str])
             yield number, BadRow(f"has {len(cells)} cells, but the first line names {len(names)}")
             continue
         yield number, dict(zip(names, (cell or None for cell in cells), strict=True))
-
-
-TEXT_READERS = {"jsonl": read_json, "csv": read_csv}
 
 
 # --- parquet ------------------------------------------------------------------------------------

@@ -104,9 +104,9 @@ class PromptTemplate:
             for prompt, token_ids in zip(chunk, ids["input_ids"], strict=True):
                 if len(token_ids) <= max_prompt_tokens:
                     encoded.append(dataclasses.replace(prompt, token_ids=tuple(token_ids)))
-                    continue
-                too_long.append((prompt.id, len(token_ids)))
-                if on_too_long == "error":
+                elif on_too_long == "drop":
+                    too_long.append((prompt.id, len(token_ids)))
+                else:
                     raise UserError(
                         f"Prompt {prompt.id!r} is {len(token_ids)} tokens long, over"
                         f" datamodule.max_prompt_tokens={max_prompt_tokens}. Raise the limit, or"

@@ -59,21 +59,17 @@ _WORDS = re.compile(  # with letters that stand together: p - q is none
 )
 
 
+@lru_cache(maxsize=4096)  # groups share their gold answer
 def parse_gold(answer: str) -> Parsed:
     """`answer` (without a box, or a text whose last box holds it) as math-verify parses it.
 
     Returns:
         [] if there is nothing in it; a lone string if it is no mathematics (compared as text).
     """
-    return list(_parse_gold(answer))
-
-
-@lru_cache(maxsize=4096)  # groups share their gold answer
-def _parse_gold(answer: str) -> tuple[Basic | MatrixBase | str, ...]:
     parsed = _parse_answer(_gold_text(answer))
     if "$" in answer and not _is_parsed(parsed):  # a sentence that ends in the answer
-        parsed = [*parse_response(answer), *parsed]
-    return tuple(parsed)
+        return [*parse_response(answer), *parsed]
+    return parsed
 
 
 def parse_response(text: str) -> Parsed:
