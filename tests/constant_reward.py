@@ -2,8 +2,7 @@
 
 import torch
 
-from rlzoo.rewards.math import Verdict
-from rlzoo.rewards.verifier import Scores
+from rlzoo.rewards.base import Scores, Verdict
 
 
 class Constant:

@@ -15,7 +15,7 @@ from rlzoo.engines.base import SamplingParams
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.report.ledger import Ledger
 from rlzoo.report.progress import Bars
-from rlzoo.rewards.verifier import Scores
+from rlzoo.rewards.base import Scores
 from rlzoo.types import Prompt
 from tests.conftest import make_tiny_model
 

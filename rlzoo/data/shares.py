@@ -21,9 +21,9 @@ class Piece(NamedTuple):
 
 
 def share_out(
-    prompt_tokens: Sequence[int], budgets: Sequence[int], response_tokens: float, parts: int
+    prompt_tokens: Sequence[int], budgets: Sequence[int], response_tokens: float, num_ranks: int
 ) -> list[list[Piece]]:
-    """Shares of a draw for `parts` ranks, balanced by expected tokens.
+    """The share of each rank in a draw, balanced by expected tokens.
 
     A group that is more than 1 / GRAIN of a rank's share is cut into pieces, so that no rank has
     all of a prompt whose responses turn out long. Each piece prefills its prompt anew.
@@ -32,20 +32,20 @@ def share_out(
         prompt_tokens: [P] tokens of each prompt, prefilled once a piece.
         budgets: [P] responses wanted of each prompt, >= 1.
         response_tokens: expected tokens of a response, above 0.
-        parts: ranks, >= 1.
+        num_ranks: >= 1.
 
     Returns:
         Pieces of each rank, in order; together they hold every response once. A rank alone has
         whole groups.
     """
     costs = [p + n * response_tokens for p, n in zip(prompt_tokens, budgets, strict=True)]
-    grain = math.fsum(costs) / (parts * GRAIN)
+    grain = math.fsum(costs) / (num_ranks * GRAIN)
     pieces = []
     for prompt, (cost, n) in enumerate(zip(costs, budgets, strict=True)):
         # A piece writes at least as many tokens as it reads.
         worthwhile = int(n * response_tokens / max(1, prompt_tokens[prompt]))
-        count = max(1, min(parts, n, math.ceil(cost / grain), worthwhile))
+        count = max(1, min(num_ranks, n, math.ceil(cost / grain), worthwhile))
         cuts = [n * k // count for k in range(count + 1)]
         pieces += [Piece(prompt, *cut) for cut in itertools.pairwise(cuts)]
     sizes = [prompt_tokens[i] + (stop - start) * response_tokens for i, start, stop in pieces]
-    return [sorted(pieces[k] for k in part) for part in balance(sizes, parts)]
+    return [sorted(pieces[k] for k in share) for share in balance(sizes, num_ranks)]

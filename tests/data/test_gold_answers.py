@@ -15,7 +15,7 @@ from rlzoo.bench.gold import (
     same_value,
     symbolic_failures,
 )
-from rlzoo.rewards.math import Verdict
+from rlzoo.rewards.base import Verdict
 from rlzoo.rewards.verifier import VerifierPool
 
 BESIDE = Path(__file__).parents[2].parent / "shared" / "data"

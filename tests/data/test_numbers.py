@@ -14,7 +14,8 @@ import pytest
 from rlzoo.data.answers import BadRow, first, plain
 from rlzoo.data.prompts import FilePrompts
 from rlzoo.errors import UserError
-from rlzoo.rewards.math import Verdict, verdict
+from rlzoo.rewards.base import Verdict
+from rlzoo.rewards.math import verdict
 
 JSON = [  # what the file says, the gold answer, a response that gives it
     ("0.000015", "0.000015", "0.000015"),

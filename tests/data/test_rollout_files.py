@@ -9,7 +9,7 @@ import torch
 from rlzoo.data.rollout_files import accepted, read_rollouts, rollout_files, write_rollouts
 from rlzoo.errors import UserError
 from rlzoo.models.policy import load_tokenizer
-from rlzoo.rewards.math import Verdict
+from rlzoo.rewards.base import Verdict
 from rlzoo.types import Rollouts
 from tests.recorded import recorded_rollouts
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from sympy import Interval, Rational, oo
 
+from rlzoo.rewards.base import Verdict
 from rlzoo.rewards.latex import parse_in_two_stages
 from rlzoo.rewards.math import (
-    Verdict,
     boxed_answer,
     parse_gold,
     parse_response,

@@ -3,7 +3,8 @@ is right here, but for what docs/verifier.md lists."""
 
 import pytest
 
-from rlzoo.rewards.math import Verdict, verdict
+from rlzoo.rewards.base import Verdict
+from rlzoo.rewards.math import verdict
 
 RIGHT = [
     (r"$\frac{1}{12}$", r"$0.0833333333333333$"),

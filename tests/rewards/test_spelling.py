@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlzoo.rewards.base import Verdict
 from rlzoo.rewards.boxes import boxed_answer, final_answers, shorten
-from rlzoo.rewards.math import Verdict, verdict
+from rlzoo.rewards.math import verdict
 from rlzoo.rewards.spelling import normalise, number
 
 RIGHT, WRONG = Verdict.RIGHT, Verdict.WRONG

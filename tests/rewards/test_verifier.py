@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 import rlzoo
 from rlzoo.errors import UserError
 from rlzoo.launch.configuration import conf_dir
-from rlzoo.rewards.math import Verdict
+from rlzoo.rewards.base import Verdict
 from rlzoo.rewards.verifier import MathReward, VerifierPool
 from rlzoo.types import Prompt
 
