@@ -166,8 +166,7 @@ class FilePrompts:
                 if isinstance(row, BadRow):
                     raise row
                 found |= dict.fromkeys(row)
-                if unmet:
-                    unmet -= {name for name in unmet if has(row, name)}
+                unmet = {name for name in unmet if not has(row, name)}
                 kept.add(self.to_prompt(row), place)
             except BadRow as problem:
                 problems.append(f"{place}: {problem}")

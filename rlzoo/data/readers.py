@@ -294,17 +294,14 @@ def nested(names: Iterable[str], types: dict[str, Any]) -> list[str]:
 def columns_and_match(name: str, found: Iterable[str]) -> str:
     """What columns there are, of a row or by name, and the one that may have been meant."""
     cells = found if isinstance(found, dict) else {}
-    inside = [name for name, cell in cells.items() if is_table(cell)]
+    lists = {name: cell for name, cell in cells.items() if isinstance(cell, list) and cell}
+    inside = [name for name, cell in lists.items() if isinstance(cell[0], dict)]
     found = sorted(found)
     match = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
     hint = f"; did you mean {match[0]!r}?" if match else ""
     if inside and not match:
         hint = f"; rows stand inside {inside[0]!r}: write them one a line"
     return f"columns found: {found}{hint}"
-
-
-def is_table(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict)
 
 
 def no_such_column(path: Path, name: str, found: Iterable[str]) -> UserError:

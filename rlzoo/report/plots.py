@@ -97,7 +97,16 @@ def _plot_curve(axes: Axes, columns: dict[str, np.ndarray]) -> None:
     ks = [k for k in validated_ks(columns) if np.isfinite(columns[f"{AVG}{k}"]).any()]
     for k in ks:  # more than one after a resume with another k
         _plot_validation(axes, responses, columns, k, "white" if k != ks[0] else None)
-    _finish_curve(axes)
+    axes.set_ylim(0, 1.06)
+    axes.margins(x=0.08)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("responses drawn")
+    axes.set_ylabel("solved")
+    if axes.get_legend_handles_labels()[0]:
+        # Above the axes, where no curve can run through it.
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3)
+    _finish(axes)
 
 
 def _plot_validation(
@@ -132,19 +141,6 @@ def _plot_validation(
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
                 zorder=4,
             )
-
-
-def _finish_curve(axes: Axes) -> None:
-    axes.set_ylim(0, 1.06)
-    axes.margins(x=0.08)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel("responses drawn")
-    axes.set_ylabel("solved")
-    if axes.get_legend_handles_labels()[0]:
-        # Above the axes, where no curve can run through it.
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3)
-    _finish(axes)
 
 
 def _plot_acceptance(axes: Axes, responses: np.ndarray, accept_rate: np.ndarray) -> None:
