@@ -68,6 +68,7 @@ class Rollouts:
     num_near_ties: int = 0  # tokens that rounding may decide
     num_unparsed_golds: int = 0  # responses that are unverifiable for their gold answer's sake
     sampling_seconds: float = 0.0  # that the slowest rank took to draw them; 0 if none did
+    rounds: int = 1  # draws that they took
     replayed: bool = False  # read from a file, not drawn by this run
     weights: Tensor | None = None  # [N] float32, what each counts for in the loss; None is 1
     scores: dict[str, list[Tensor]] = field(default_factory=dict)  # name -> N x [L] float32, of

@@ -1,6 +1,5 @@
 from rlzoo.callbacks.checkpoint import Checkpoint
 from rlzoo.callbacks.doctor import Doctor
-from rlzoo.callbacks.ending import Ending, Postponed
 from rlzoo.callbacks.export import Export
 from rlzoo.callbacks.gvm import GVM
 from rlzoo.callbacks.preemption import Preemption
@@ -9,7 +8,6 @@ from rlzoo.callbacks.replan import Replan
 from rlzoo.callbacks.restore import Restore
 from rlzoo.callbacks.rollout_log import RolloutLog
 from rlzoo.callbacks.sft_log import SFTLog
-from rlzoo.callbacks.training_phase import TrainingPhase
 from rlzoo.callbacks.validation import Validation
 from rlzoo.callbacks.weight_sync import WeightSync
 
@@ -17,16 +15,13 @@ __all__ = [
     "GVM",
     "Checkpoint",
     "Doctor",
-    "Ending",
     "Export",
-    "Postponed",
     "Preemption",
     "RankWatch",
     "Replan",
     "Restore",
     "RolloutLog",
     "SFTLog",
-    "TrainingPhase",
     "Validation",
     "WeightSync",
 ]

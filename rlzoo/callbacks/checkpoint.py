@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-from rlzoo.callbacks.boundary import BoundaryCallback
+from rlzoo.callbacks.state import Cursor, Run
 from rlzoo.errors import UserError, check_at_least
 from rlzoo.models.checkpoints import FORMAT, SAVED, UNFINISHED, saved_by
 from rlzoo.ranks.exchange import all_gather
@@ -24,11 +24,11 @@ from rlzoo.values import AtLeast0, AtLeast1, PathText, Text
 log = logging.getLogger(__name__)
 
 
-class Checkpoint(BoundaryCallback):
+class Checkpoint(Callback):
     """Saves at boundaries, to `checkpoints/step_N.ckpt`; `last.ckpt` and `best.ckpt` point there.
 
-    Runs last, so that all outputs of the step are written. A checkpoint is whole or absent: it is
-    written aside and renamed, and older ones are removed after that. Under DDP it is a file, under
+    A checkpoint is whole or absent: it is written aside and renamed, and older ones are removed
+    after that. Under DDP it is a file, under
     DeepSpeed and FSDP a folder with a part for each rank. It holds how many rows each logger had
     written, and a resume cuts their files back to that.
 
@@ -72,44 +72,45 @@ class Checkpoint(BoundaryCallback):
             )
         io.checkpoint_io.publish = self.publish
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes Lightning count the epoch that begins when a run is resumed at the end of one.
+    def begin(self, run: Run, trainer: Trainer) -> None:
+        """Checks the monitor, and makes Lightning count the epoch that begins when a run is resumed
+        at the end of one.
 
         It takes that for a resume inside an epoch. The checkpoints of the epoch would then say that
         none is in progress, and resumes of those that none of its microbatches was trained, until
         optimizer steps were made of microbatches of two.
         """
-        self.check_monitor(trainer.datamodule)
+        self.check_monitor(run)
         loop = trainer.fit_loop
         progress = loop.epoch_progress.total
         if loop.restarted_mid_epoch and progress.processed == progress.ready:
             loop.reset_restart_stage()
 
-    def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule
+    def save_if_due(self, run: Run, cursor: Cursor, trainer: Trainer, preempted: bool) -> None:
+        """Saves at every so many rollout steps, at the best one so far, and before any end."""
         trained = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if trained % trainer.accumulate_grad_batches:
             raise RuntimeError(
                 f"A rollout step ended after microbatch {trained} of the epoch by Lightning's count,"
                 " inside an optimizer step: the count is off since a resume."
             )
-        stopping = data.stop_reason() is not None
-        score = all_gather(data.last_row.get(self.monitor))[0]  # rank 0 alone has the row
-        if trainer.is_global_zero and data.rollout_step == 1:
-            self.warn_of_monitor(data.last_row)
-        name = f"step_{data.rollout_step:06d}.ckpt"
+        step = cursor.rollout_step
+        score = all_gather(run.last_row.get(self.monitor))[0]  # rank 0 alone has the row
+        if trainer.is_global_zero and step == 1:
+            self.warn_of_monitor(run.last_row)
+        name = f"step_{step:06d}.ckpt"
         improved = self.ranked(score, name)
-        if stopping or improved or data.preempted() or data.rollout_step % self.every == 0:
-            with data.ledger.phase("checkpointing"):
+        if run.ended_by or improved or preempted or step % self.every == 0:
+            with run.ledger.phase("checkpointing"):
                 self.save(trainer, name)
 
-    def check_monitor(self, data: Any) -> None:
+    def check_monitor(self, run: Run) -> None:
         """Refuses a `val/` name that the validation before the first update has not given.
 
         Raises:
             UserError: on every rank, since rank 0 alone has the row.
         """
-        columns = all_gather(sorted(data.last_row))[0]
+        columns = all_gather(sorted(run.last_row))[0]
         wanted = self.monitor or ""
         self.validated = wanted in columns
         if self.keep_best and wanted.startswith("val/") and columns and wanted not in columns:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from typing import Any
+from lightning import Callback
 
-from lightning import Callback, LightningModule, Trainer
-
+from rlzoo.algos.base import PolicyAlgorithm
+from rlzoo.callbacks.state import Run
+from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.diagnosis.causes import EXACT, Evidence, verdict
 from rlzoo.diagnosis.suspects import probe, setting_of
 
@@ -17,31 +18,33 @@ class Doctor(Callback):
 
     Args:
         stop: ends the run there, before anything is trained (`doctor=true`).
-
-    Raises:
-        Diagnosed: from `on_train_batch_start`, if `stop`.
     """
 
     def __init__(self, stop: bool = False) -> None:
         self.stop, self.done = stop, False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule
+    def examine(self, run: Run, data: RolloutDataModule, algo: PolicyAlgorithm) -> None:
+        """Looks at both before anything is drawn."""
         self.done = data.rollout_step > 0 or data.replay is not None
         if data.replay is None:
-            setting = setting_of(trainer, pl_module)
-            pl_module.evidence = Evidence(setting, probe(trainer, pl_module, setting))
+            bos = data.tokenizer.bos_token_id
+            setting = setting_of(algo, run.engine, data.params, bos)
+            probed = probe(algo, run.engine, data.train_prompts, setting)
+            algo.evidence = Evidence(setting, probed)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def compare(self, run: Run, algo: PolicyAlgorithm) -> None:
+        """Says how far apart they are on the first rollout step, before it is trained on.
+
+        Raises:
+            Diagnosed: if that was all that was asked for.
+        """
         if self.done:
             return
         self.done = True
-        data, figures = trainer.datamodule, pl_module.gap()
+        figures = algo.gap()
         if figures:
             close = figures["logprob_gap/mean"] <= EXACT
-            cause = "" if close else pl_module.cause_of_gap(data.rollouts)
-            data.bars.print_line(verdict(figures, cause, pl_module.max_logprob_gap))
+            cause = "" if close else algo.cause_of_gap(run.rollouts)
+            run.bars.print_line(verdict(figures, cause, algo.max_logprob_gap))
         if self.stop:
             raise Diagnosed

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import torch
-from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.callbacks.replan import Replan
-from rlzoo.callbacks.weight_sync import WeightSync
+from rlzoo.callbacks.state import Run
+from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.errors import UserError
 from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.learning.scoring import chunked
@@ -28,14 +29,16 @@ class GVM(Replan):
     discarded. Departs from released code: G_i is the norm at the output head, in closed form, not
     at the input embedding by a backward pass.
 
-    The engine sleeps while norms are computed, which take the room of logits on the same device; if
-    it had any memory to give back, it is given the weights again before the epoch's first draw.
+    The engine sleeps while norms are computed, which take the room of logits on the same device; the
+    loop wakes it before the epoch's first draw.
 
     Args:
         run_dir: see Replan.
         pilots: responses per prompt, N' in the paper.
         max_tokens: of one forward pass over pilots; bounds memory.
     """
+
+    uses_engine = True
 
     def __init__(
         self, run_dir: PathText, pilots: AtLeast1 = 8, max_tokens: AtLeast1 = 16384
@@ -46,40 +49,34 @@ class GVM(Replan):
         self.pilots, self.max_tokens = pilots, max_tokens
 
     def observe(
-        self, trainer: Trainer, pl_module: LightningModule, prompts: list[Prompt]
+        self, run: Run, data: RolloutDataModule, algo: PolicyAlgorithm, prompts: list[Prompt]
     ) -> dict[str, list[float]]:
-        data = trainer.datamodule
-        rollouts = data.drawer.draw(
-            prompts, [self.pilots] * len(prompts), "pilot", data.rollout_step
-        )
-        data.engine.sleep()
-        with data.ledger.phase("planning"):
-            accept_rates, mean_norms = self.learn(trainer, pl_module, rollouts, prompts)
-        del rollouts
-        if getattr(data.engine, "asleep", True):  # an engine that does not say so is woken anyway
-            weights = next(c for c in trainer.callbacks if isinstance(c, WeightSync))
-            weights.sync(trainer, pl_module, check=False)
-        data.row["pilot/accept_rate"] = sum(accept_rates) / len(accept_rates)
+        sizes = [self.pilots] * len(prompts)
+        rollouts = run.drawer.draw(prompts, sizes, "pilot", data.rollout_step)
+        run.engine.sleep()
+        with run.ledger.phase("planning"):
+            accept_rates, mean_norms = self.learn(data, algo, rollouts, prompts)
+        run.row["pilot/accept_rate"] = sum(accept_rates) / len(accept_rates)
         return {"accept_rate": accept_rates, "grad_norm": mean_norms}
 
     def learn(
         self,
-        trainer: Trainer,
-        pl_module: LightningModule,
+        data: RolloutDataModule,
+        algo: PolicyAlgorithm,
         rollouts: Rollouts,
         prompts: list[Prompt],
     ) -> tuple[list[float], list[float]]:
         """Tells the allocator of the pilots; acceptance rate and mean norm of each prompt."""
-        data, sizes = trainer.datamodule, [self.pilots] * len(prompts)
+        sizes = [self.pilots] * len(prompts)
         accepted = correct(rollouts.rewards)
         hits = accepted.float().split(sizes)
         indices = accepted.nonzero()[:, 0]
-        with trainer.precision_plugin.forward_context():  # as in training
+        with algo.trainer.precision_plugin.forward_context():  # as in training
             norms = gradient_norms(
-                pl_module.policy,
+                algo.policy,
                 rollouts,
                 indices.tolist(),
-                temperature=data.drawer.params.temperature,
+                temperature=data.params.temperature,
                 max_tokens=self.max_tokens,
             )
         sums = torch.zeros(len(rollouts)).index_add(0, indices, norms)

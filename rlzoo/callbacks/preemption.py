@@ -7,9 +7,9 @@ import subprocess
 import sys
 from types import FrameType
 
-from lightning import LightningModule, Trainer
+from lightning import Callback
 
-from rlzoo.callbacks.boundary import BoundaryCallback
+from rlzoo.callbacks.state import Run
 from rlzoo.ranks.exchange import world
 
 log = logging.getLogger(__name__)
@@ -19,27 +19,24 @@ class Preempted(Exception):
     """The run was told to stop, and has saved all it did."""
 
 
-class Preemption(BoundaryCallback):
+class Preemption(Callback):
     """SIGTERM, or SLURM's SIGUSR1: finish the rollout step, save, stop. A second one stops at once.
 
-    Stands last, after the checkpoint. The ranks agree at each boundary, so it is enough that one of
-    them was told. On SIGUSR1 under SLURM the job is put back into the queue; it goes on where it
-    stopped if it was started with `ckpt_path=auto`.
-
-    Raises:
-        Preempted: from a boundary, once the checkpoint is written.
+    The ranks agree at each boundary, so it is enough that one of them was told. On SIGUSR1 under
+    SLURM the job is put back into the queue; it goes on where it stopped if it was started with
+    `ckpt_path=auto`.
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule
+    def listen(self, run: Run) -> None:
+        """Has the signals tell the run."""
 
         def told(number: int, frame: FrameType | None) -> None:
-            if data.told_to_stop is not None:
+            if run.told_to_stop is not None:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            data.told_to_stop = signal.Signals(number).name
+            run.told_to_stop = signal.Signals(number).name
             print(
-                f"\nrlzoo: {data.told_to_stop}: finishing the rollout step in progress, then saving."
+                f"\nrlzoo: {run.told_to_stop}: finishing the rollout step in progress, then saving."
                 " Once more stops at once.",
                 file=sys.stderr,
                 flush=True,
@@ -50,13 +47,11 @@ class Preemption(BoundaryCallback):
         if "SLURM_JOB_ID" in os.environ:
             signal.signal(signal.SIGUSR1, told)
 
-    def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        told = trainer.datamodule.preempted()
-        if told is None or trainer.should_stop:
-            return
-        if told == "SIGUSR1" and world()[0] == 0:
+    def stop(self, signal_: str) -> None:
+        """Raises Preempted, once the checkpoint is written."""
+        if signal_ == "SIGUSR1" and world()[0] == 0:
             requeue()
-        raise Preempted(told)
+        raise Preempted(signal_)
 
 
 def requeue() -> None:

@@ -61,7 +61,8 @@ class RankWatch(Callback):
         self.done = threading.Event()
         self.thread: threading.Thread | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self) -> None:
+        """Starts the watch; collective."""
         rank, size = world()
         if size == 1 or self.thread is not None:
             return

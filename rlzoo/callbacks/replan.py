@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback
 
+from rlzoo.algos.base import PolicyAlgorithm
+from rlzoo.callbacks.state import Run
+from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.ranks.exchange import world
 from rlzoo.types import Prompt
 from rlzoo.values import PathText
@@ -14,30 +17,25 @@ from rlzoo.values import PathText
 class Replan(Callback):
     """Asks the allocator for the budgets of each epoch, and writes them to `budgets/`.
 
-    A resume inside an epoch finds its budgets in the DataModule and plans nothing; one at the end
-    of an epoch plans in `on_train_start`, since Lightning then calls no `on_train_epoch_start`.
+    A resume inside an epoch finds its budgets in the DataModule and plans nothing.
 
     Args:
         run_dir: where `budgets/epoch_NNNN.parquet` goes.
+
+    Attributes:
+        uses_engine: whether it draws, and may leave the engine asleep.
     """
+
+    uses_engine = False
 
     def __init__(self, run_dir: PathText) -> None:
         self.folder = Path(run_dir) / "budgets"
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.replan(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.replan(trainer, pl_module)
-
-    def replan(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Budgets for the epoch that begins, unless it has some."""
-        data = trainer.datamodule
-        if data.epoch_in_progress():
-            return
+    def plan(self, run: Run, data: RolloutDataModule, algo: PolicyAlgorithm) -> None:
+        """Budgets for the epoch that begins."""
         prompts = data.shard()
-        seen = self.observe(trainer, pl_module, prompts)
-        with data.ledger.phase("planning"):
+        seen = self.observe(run, data, algo, prompts)
+        with run.ledger.phase("planning"):
             ids = [prompt.id for prompt in prompts]
             budgets = data.allocator.allocate(ids, data.total_budget)
             data.set_budgets(dict(zip(ids, budgets, strict=True)))
@@ -45,7 +43,7 @@ class Replan(Callback):
             self.write(data.epoch, ids, budgets, seen)
 
     def observe(
-        self, trainer: Trainer, pl_module: LightningModule, prompts: list[Prompt]
+        self, run: Run, data: RolloutDataModule, algo: PolicyAlgorithm, prompts: list[Prompt]
     ) -> dict[str, list[float]]:
         """What is learnt of the prompts before they get budgets: columns of [P] values."""
         return {}

@@ -3,11 +3,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback
+from lightning.pytorch.loggers import Logger
 
-from rlzoo.callbacks.boundary import BoundaryCallback
+from rlzoo.algos.base import PolicyAlgorithm
+from rlzoo.callbacks.state import Run
+from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.data.rollout_files import write_rollouts
 from rlzoo.errors import UserError
 from rlzoo.learning.advantages import group_stats
@@ -21,7 +25,7 @@ ROLLOUTS = r"rollouts/step_(\d{6,})\.parquet"  # the files that a run writes, by
 BUDGETS = r"budgets/epoch_(\d{4,})\.parquet"  # and by its epochs
 
 
-class RolloutLog(BoundaryCallback):
+class RolloutLog(Callback):
     """Writes what happened in a rollout step: loggers, `ledger.csv`, `rollouts/`, the step line.
 
     Args:
@@ -38,47 +42,49 @@ class RolloutLog(BoundaryCallback):
         self.ledger_csv = CSVLogger(run_dir, "ledger.csv")
         self.spent: dict[str, float] = {"other": 0.0}  # seconds by phase up to the last row
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule
-        data.bars.k = data.val_responses
-        self.spent.setdefault("other", data.ledger.spent()["other"])  # older checkpoints have none
+    def begin(self, run: Run, data: RolloutDataModule, loggers: list[Logger]) -> None:
+        """Cuts back to where the run stands; writes what stands in the row, a first validation."""
+        run.bars.k = data.val_responses
+        self.spent.setdefault("other", run.ledger.spent()["other"])  # older checkpoints have none
         if world()[0] == 0:
             self.remove_later_files(data.rollout_step, data.epoch + data.epoch_in_progress())
-        if data.row:  # the validation before the first update
-            self.write_row(trainer, {})
+        if run.row:
+            self.write_row(run, data, loggers, {})
 
-    def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule
-        row = rollout_figures(data.rollouts) | pl_module.means.compute() | pl_module.gap()
-        row |= mean_norms(pl_module.grad_norms)
-        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        pl_module.means.reset()
-        pl_module.grad_norms.clear()
-        self.write_row(trainer, row)
+    def write(self, run: Run, data: RolloutDataModule, algo: PolicyAlgorithm) -> None:
+        """Writes the rollout step that has been trained on; collective."""
+        assert run.rollouts is not None
+        row = rollout_figures(run.rollouts) | algo.means.compute() | algo.gap()
+        row |= mean_norms(algo.grad_norms)
+        row["lr"] = algo.trainer.optimizers[0].param_groups[0]["lr"]
+        algo.means.reset()
+        algo.grad_norms.clear()
+        self.write_row(run, data, algo.trainer.loggers, row)
         if self.rollouts_every and data.rollout_step % self.rollouts_every == 0:
-            path = self.run_dir / "rollouts" / f"step_{data.rollouts.rollout_step:06d}.parquet"
+            path = self.run_dir / "rollouts" / f"step_{run.rollouts.rollout_step:06d}.parquet"
             if world()[0] == 0:
-                write_rollouts(path, data.rollouts, data.drawer.tokenizer)
+                write_rollouts(path, run.rollouts, data.tokenizer)
 
-    def write_row(self, trainer: Trainer, figures: dict[str, float]) -> None:
-        data = trainer.datamodule
+    def write_row(
+        self, run: Run, data: RolloutDataModule, loggers: list[Logger], figures: dict[str, float]
+    ) -> None:
+        added, run.row = run.row, {}
         if world()[0] != 0:
-            data.row = {}
             return
-        totals = data.ledger.row()
+        totals = run.ledger.row()
         epoch = max(0, data.rollout_step - 1) // data.steps_per_epoch
-        row = {"rollout_step": data.rollout_step, "epoch": epoch} | figures | data.row
+        row = {"rollout_step": data.rollout_step, "epoch": epoch} | figures | added
         row |= {name: value for name, value in totals.items() if not name.startswith("time/")}
         row |= self.phase_seconds(totals)
         row["time/seconds"] = totals["time/seconds"]
-        if data.rollouts and data.rollouts.sampling_seconds:
-            drawn = int(data.rollouts.lengths.sum())
-            row["time/tokens_per_second"] = drawn / data.rollouts.sampling_seconds
-        for logger in trainer.loggers:
+        if run.rollouts and run.rollouts.sampling_seconds:
+            drawn = int(run.rollouts.lengths.sum())
+            row["time/tokens_per_second"] = drawn / run.rollouts.sampling_seconds
+        for logger in loggers:
             logger.log_metrics(row, data.rollout_step)
         self.ledger_csv.log_metrics({"rollout_step": data.rollout_step} | totals)
-        data.bars.print_step(row)
-        data.last_row, data.row = row, {}
+        run.bars.print_step(row)
+        run.last_row = row
 
     def phase_seconds(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Seconds of each phase, and of all else ("other"), since the last row, by column.
@@ -100,10 +106,10 @@ class RolloutLog(BoundaryCallback):
                 if found and int(found.group(1)) >= first:
                     path.unlink()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"ledger_csv": self.ledger_csv.state_dict(), "phases": dict(self.spent)}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ledger_csv.load_state_dict(state["ledger_csv"])
         self.spent = dict(state["phases"])
 
@@ -120,12 +126,14 @@ def mean_norms(norms: list[dict[str, float]]) -> dict[str, float]:
 def rollout_figures(rollouts: Rollouts) -> dict[str, float]:
     """What a rollout step's row says of its rollouts; no rollouts give counts of 0 alone."""
     budgets = torch.bincount(rollouts.group_ids, minlength=len(rollouts.prompts)).double()
-    figures = {
+    figures: dict[str, float] = {
         "num_rollouts": len(rollouts),
         "num_groups": len(rollouts.prompts),
         "near_ties": rollouts.num_near_ties,
         "policy_version": rollouts.policy_version,
     }
+    if not rollouts.replayed:
+        figures["rounds"] = rollouts.rounds
     if not len(rollouts):
         return figures
     lengths, rewards = rollouts.lengths.double(), rollouts.rewards.double()

@@ -1,28 +1,31 @@
 from __future__ import annotations
 
-from lightning import LightningModule, Trainer
+from lightning import Callback
 
-from rlzoo.callbacks.boundary import BoundaryCallback
+from rlzoo.algos.sft import SFT
+from rlzoo.callbacks.state import Run
+from rlzoo.data.sft import SFTDataModule
 
 
-class SFTLog(BoundaryCallback):
+class SFTLog(Callback):
     """One row per boundary of supervised training: losses, learning rate, what was spent."""
 
-    def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule
+    def write(self, run: Run, data: SFTDataModule, algo: SFT) -> None:
+        """Takes the loss of the validation batches, and writes the row; collective."""
         if data.val_batches:
-            with data.ledger.phase("validating"):
-                data.row["val/loss"] = pl_module.mean_loss(data.val_batches)
-        figures = pl_module.means.compute()
-        pl_module.means.reset()
-        pl_module.grad_norms.clear()
-        row = {"rollout_step": data.rollout_step, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
-        row |= figures | data.row | data.ledger.row()
-        for logger in trainer.loggers:
+            with run.ledger.phase("validating"):
+                run.row["val/loss"] = algo.mean_loss(data.val_batches)
+        figures = algo.means.compute()
+        algo.means.reset()
+        algo.grad_norms.clear()
+        lr = algo.trainer.optimizers[0].param_groups[0]["lr"]
+        row = {"rollout_step": data.rollout_step, "lr": lr}
+        row |= figures | run.row | run.ledger.row()
+        for logger in algo.trainer.loggers:
             logger.log_metrics(row, data.rollout_step)
-        data.last_row, data.row = row, {}
+        run.last_row, run.row = row, {}
         validated = f"{row['val/loss']:.4f}" if "val/loss" in row else "-"
-        data.bars.print_line(
-            f"update {data.ledger.updates:>6}  loss {row['loss']:.4f}  val {validated}"
+        run.bars.print_line(
+            f"update {run.ledger.updates:>6}  loss {row['loss']:.4f}  val {validated}"
             f"  lr {row['lr']:.2e}  {row['time/seconds']:.0f} s"
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.data.shares import share_out
 from rlzoo.engines.base import Engine, Request, Response, SamplingParams
 from rlzoo.errors import UserError
@@ -93,6 +94,28 @@ class Drawer:
         self._tell_unverifiable(rollouts, [i for *_, unparsed in parts for i in unparsed])
         self.ledger.drew(stream, rollouts.lengths.tolist())
         return rollouts
+
+    def draw_in_rounds(
+        self, prompts: list[Prompt], budgets: list[int], data: RolloutDataModule
+    ) -> Rollouts:
+        """Training rollouts; other prompts take the place of those the allocator is not done with."""
+        allocator, step = data.allocator, data.rollout_step
+        parts = [self.draw(prompts, budgets, "train", step)]
+        used = {prompt.id for prompt in prompts}
+        for round_ in range(1, allocator.max_rounds):
+            ids, last = [prompt.id for prompt in parts[-1].prompts], parts[-1]
+            sizes = torch.bincount(last.group_ids, minlength=len(ids)).tolist()
+            rewards = [part.tolist() for part in last.rewards.split(sizes)]
+            lengths = [part.tolist() for part in last.lengths.split(sizes)]
+            allocator.observe(ids, rewards, lengths)
+            fresh = data.others(used, sum(not allocator.done(i) for i in ids))
+            if not fresh:
+                break
+            used |= {prompt.id for prompt in fresh}
+            total = len(fresh) * data.responses_per_prompt
+            budgets = allocator.allocate([prompt.id for prompt in fresh], total, round_)
+            parts.append(self.draw(fresh, budgets, "train", step, round_))
+        return dataclasses.replace(concatenate(parts), rounds=len(parts))
 
     def _tell_unverifiable(self, rollouts: Rollouts, unparsed: list[str]) -> None:
         """Counts the unverifiable responses by cause, and has the first rank say what is amiss."""
@@ -184,8 +207,8 @@ def check_finite(rollouts: Rollouts, stream: str, engine: Engine) -> None:
         raise UserError(
             f"The engine's log-probs are not finite: {lost} of {int(rollouts.lengths.sum())} tokens"
             f" (stream {stream}), although the weights that it was given are. Its numbers outgrow"
-            f" {engine.dtype}: take engine.dtype=bfloat16 or float32 (engine=transformers: model.dtype),"
-            " or look for what else is wrong with the engine with doctor=true."
+            f" {engine.dtype}: take engine.dtype=bfloat16 or float32 (engine=transformers:"
+            " model.dtype), or look for what else is wrong with the engine with doctor=true."
         )
 
 

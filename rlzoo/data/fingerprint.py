@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlzoo.errors import UserError
 from rlzoo.types import Prompt
 
 SAMPLED = 1024  # examples read of a corpus that is made as it is asked for
@@ -95,3 +96,12 @@ def files_differ(before: Sequence[str] | None, now: Sequence[str] | None) -> str
         if old != new:
             return f"file {i} of replay= (from 0) is another one"
     return None
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raises a UserError if a run's data are not those that it began with."""
+    if faults:
+        raise UserError(
+            f"The run cannot go on from its checkpoint: {'; '.join(faults)}. Give what it was begun"
+            " with, or start a new run_dir from its weights: init_from=CHECKPOINT."
+        )

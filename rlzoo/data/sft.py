@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import lightning
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlzoo.data import fingerprint
-from rlzoo.data.base import RunDataModule
 from rlzoo.data.leaks import tell_shared
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import accepted
@@ -22,7 +22,6 @@ from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.limits import check_examples, limits_of
 from rlzoo.ranks.exchange import world
 from rlzoo.report.ledger import Limits
-from rlzoo.report.progress import Bars
 from rlzoo.rng import derive_seed
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
 from rlzoo.values import AtLeast1, PathText, Seed
@@ -36,14 +35,13 @@ CHUNK = 4096  # examples measured at once
 POOL = 16  # batches sorted by length together, so that little is padding
 
 
-class SFTDataModule(RunDataModule):
+class SFTDataModule(lightning.LightningDataModule):
     """Batches of (question, solution) pairs for `algo=sft`.
 
     Args:
         source: gives the template, the validation prompts and, without a corpus, the examples:
             the worked solutions of its train split.
         tokenizer: encodes both; solutions end with its end-of-sequence token.
-        bars, limits: see RunDataModule.
         corpus: (question, solution) pairs by index, instead of the train split.
         rollouts: a run's rollouts/, or a file in it: trains on its right responses instead.
         batch_size: examples per microbatch, over all ranks.
@@ -53,6 +51,10 @@ class SFTDataModule(RunDataModule):
         on_too_long: "error" or "drop" (with a count) for longer examples.
         seed: of the order.
 
+    Attributes:
+        loader: what Lightning trains on; the loop makes it.
+        rollout_step: blocks of `updates_per_step` updates begun in the run.
+
     Raises:
         UserError: sizes below 1, prompts without solutions, examples over the limits.
     """
@@ -61,8 +63,6 @@ class SFTDataModule(RunDataModule):
         self,
         source: PromptSource,
         tokenizer: PreTrainedTokenizerBase,
-        bars: Bars,
-        limits: Limits,
         *,
         corpus: Sequence[tuple[str, str]] | None = None,
         rollouts: PathText | None = None,
@@ -73,7 +73,7 @@ class SFTDataModule(RunDataModule):
         on_too_long: Literal["error", "drop"] = "error",
         seed: Seed = 0,
     ) -> None:
-        super().__init__(bars, limits)
+        super().__init__()
         sizes = {
             "batch_size": batch_size,
             "updates_per_step": updates_per_step,
@@ -94,17 +94,19 @@ class SFTDataModule(RunDataModule):
         self.on_too_long, self.seed = on_too_long, seed
         self._pool: tuple[int, list[Pair]] = (-1, [])  # its number, and its examples by length
         self.val_batches: list[RolloutBatch] = []
+        self.loader: Iterable[RolloutBatch] = ()
+        self.rollout_step, self.exact = 0, True
         self._fingerprint: dict[str, Any] = {}  # computed once
 
-    def check_limits(self) -> None:
-        """Raises a UserError where no limit would ever end the run; says of one that is overshot."""
-        most, step = self.limits.max_updates, self.updates_per_step
+    def check_limits(self, limits: Limits) -> None:
+        """Raises a UserError where no limit would ever end the run; says if one is overshot."""
+        most, step = limits.max_updates, self.updates_per_step
         if most is not None and most % step:
             log.warning(
                 f"limits.max_updates={most} is no multiple of datamodule.updates_per_step={step},"
                 f" and limits are looked at between steps: it makes {-(-most // step) * step} updates."
             )
-        if self.limits.max_updates is None and self.limits.max_seconds is None:
+        if limits.max_updates is None and limits.max_seconds is None:
             raise UserError(
                 "algo=sft draws no responses, so limits.max_responses and limits.max_tokens never end"
                 " it. Set limits.max_updates or limits.max_seconds."
@@ -132,8 +134,6 @@ class SFTDataModule(RunDataModule):
         tell_shared(trained, held_out)
         starts = range(0, len(pairs), size)
         self.val_batches = [self.batch(pairs[i : i + size], *world()) for i in starts]
-        if self.trainer is not None:
-            self.trainer.lightning_module.agree_on_pieces(self.val_batches)
 
     def fitting(self, pairs: Sequence[Pair], what: str) -> tuple[Sequence[Pair], set[int]]:
         """The examples within the limits of length, and hashes of their prompts' token ids.
@@ -238,17 +238,16 @@ class SFTDataModule(RunDataModule):
         plan = Plan(rows, torch.ones(len(rows)), divisor)
         return collate(rollouts, plan, self.tokenizer.pad_token_id)
 
-    def batches(self) -> Iterator[RolloutBatch]:
-        """The microbatches of one step, from where the run stands; the corpus wraps."""
-        size, accumulate = self.microbatches_per_step, self.trainer.accumulate_grad_batches
+    def updates(self, accumulate: int) -> Iterator[list[RolloutBatch]]:
+        """This rank's microbatches of each update of the next block; the corpus wraps."""
+        size = self.updates_per_step * accumulate
         first = self.rollout_step * size
         self.rollout_step += 1
         for start in range(first, first + size, accumulate):
             parts = [self.examples(index) for index in range(start, start + accumulate)]
             batches = self.update(parts, *world())
-            self.trainer.lightning_module.agree_on_pieces(batches)
             batches[-1].last = start + accumulate == first + size
-            yield from batches
+            yield batches
 
     def examples(self, index: int) -> list[Pair]:
         """The examples of a run's microbatch: alike in length, in a seeded order of pools."""
@@ -265,17 +264,22 @@ class SFTDataModule(RunDataModule):
         return self._pool[1][start : start + self.batch_size]
 
     @property
-    def microbatches_per_step(self) -> int:
-        return self.updates_per_step * self.trainer.accumulate_grad_batches
+    def epochs_done(self) -> int:
+        return self.rollout_step
 
-    def train_dataloader(self) -> SFTLoader:
-        return SFTLoader(self)
+    def exhausted(self) -> str | None:
+        return None  # the corpus wraps
+
+    def train_dataloader(self) -> Iterable[RolloutBatch]:
+        return self.loader
 
     def state_dict(self) -> dict[str, Any]:
-        return self.run_state()
+        return {"rollout_step": self.rollout_step, "fingerprint": self.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.load_run_state(state)
+        if before := state.get("fingerprint"):  # older checkpoints have none
+            fingerprint.refuse(self.changes(before, self.fingerprint()))
+        self.rollout_step = state["rollout_step"]
 
     def fingerprint(self) -> dict[str, Any]:
         if not self._fingerprint:
@@ -286,7 +290,8 @@ class SFTDataModule(RunDataModule):
             }
         return self._fingerprint
 
-    def data_changes(self, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    def changes(self, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        """In what two fingerprints differ, that must not."""
         found = []
         if before["corpus"]["count"] != now["corpus"]["count"]:
             counts = before["corpus"]["count"], now["corpus"]["count"]
@@ -299,19 +304,6 @@ class SFTDataModule(RunDataModule):
                 " data.template)"
             )
         return found
-
-
-class SFTLoader:
-    """One step of batches per Lightning epoch."""
-
-    def __init__(self, data: SFTDataModule) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return self.data.microbatches_per_step
-
-    def __iter__(self) -> Iterator[RolloutBatch]:
-        return self.data.batches()
 
 
 def solved(prompts: list[Prompt]) -> list[tuple[str, str]]:

@@ -13,11 +13,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from torch import Tensor, nn
 
 from rlzoo.diagnosis.causes import EXACT, Probe, Setting, Suspect
-from rlzoo.engines.base import SamplingParams, weights_checksum
+from rlzoo.engines.base import Engine, SamplingParams, weights_checksum
 from rlzoo.engines.probe import (
     PROBE_TOLERANCE,
     as_rollouts,
@@ -103,28 +103,35 @@ def residual(ours: Tensor, theirs: Tensor) -> float:
 # --- before the first draw ----------------------------------------------------------------------
 
 
-def setting_of(trainer: Trainer, module: LightningModule, autocast: bool = True) -> Setting:
+def setting_of(
+    module: LightningModule,
+    engine: Engine,
+    params: SamplingParams | None = None,
+    bos: int | None = None,
+    autocast: bool = True,
+) -> Setting:
     """What the configuration says of both sides.
 
     Args:
+        params: of the run's sampling.
+        bos: the tokenizer's first token, if it has one.
         autocast: whether the trainer's passes are those of training; otherwise they compute in the
             dtype of its weights.
     """
-    data = trainer.datamodule
     weights = next(module.policy.parameters())
     held = str(weights.dtype).removeprefix("torch.")
     computes = {"bf16": "bfloat16", "16-": "float16", "tra": "float8"}
-    named = str(trainer.precision) if autocast else ""
+    named = str(module.trainer.precision) if autocast else ""
     dtype = next((d for start, d in computes.items() if named.startswith(start)), held)
     if dtype == "float32" and weights.is_cuda and torch.get_float32_matmul_precision() != "highest":
         dtype = "tf32"
     return Setting(
         trainer=dtype,
         weights=held,
-        engine=data.engine.dtype,
-        cache=str(getattr(data.engine, "kv_cache_dtype", "auto")),
-        bos=getattr(getattr(data, "tokenizer", None), "bos_token_id", None),
-        left_out=left_out_by(getattr(getattr(data, "drawer", None), "params", None)),
+        engine=engine.dtype,
+        cache=str(getattr(engine, "kv_cache_dtype", "auto")),
+        bos=bos,
+        left_out=left_out_by(params),
     )
 
 
@@ -137,27 +144,31 @@ def left_out_by(params: SamplingParams | None) -> str:
 
 
 def probe(
-    trainer: Trainer, module: LightningModule, setting: Setting, autocast: bool = True
+    module: LightningModule,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    setting: Setting,
+    autocast: bool = True,
 ) -> Probe:
     """Engine against trainer on the probe's tokens; collective where weights are sharded.
 
     The engine is awake and holds the trainer's weights.
 
     Args:
+        prompts: the run's, whose tokens are the probe's.
         setting, autocast: see `setting_of`.
     """
-    data = trainer.datamodule
-    sequences = probe_sequences(module.policy, getattr(data, "train_prompts", ()))
-    rollouts = as_rollouts(sequences, data.engine.score(sequences))
-    in_training = trainer.precision_plugin.forward_context if autocast else nullcontext
+    sequences = probe_sequences(module.policy, prompts)
+    rollouts = as_rollouts(sequences, engine.score(sequences))
+    in_training = module.trainer.precision_plugin.forward_context if autocast else nullcontext
     with in_training():
         ours = trainer_scores(module.policy, sequences, module.device)
     gap = residual(torch.cat(ours), torch.cat(rollouts.sampler_logprobs))
     if gap <= EXACT:
         return Probe(gap, PROBE_TOLERANCE)
     found = suspects(module.policy, rollouts, 1.0, setting, in_training)
-    held = data.engine.checksum()
-    dtype = getattr(torch, data.engine.dtype)
+    held = engine.checksum()
+    dtype = getattr(torch, engine.dtype)
     same = held is not None and held == weights_checksum(module.named_weights(), dtype)
     return Probe(gap, tolerance(setting, found), found, same)
 

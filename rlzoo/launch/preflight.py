@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from rlzoo.errors import UserError
+from rlzoo.report.ledger import Limits
 
 
-def check_parts(algo: Any, data: Any) -> None:
+def check_parts(algo: Any, data: Any, limits: Limits) -> None:
     """Whether algorithm, sampler and data fit each other.
 
     Args:
         algo: a PolicyAlgorithm or SFT.
         data: its DataModule.
+        limits: of the run.
 
     Raises:
         UserError: they do not.
     """
     if hasattr(data, "check_limits"):
-        data.check_limits()
+        data.check_limits(limits)
     if hasattr(data, "allocator"):
         check_groups(algo, data)
         check_temperature(algo, data)
@@ -49,7 +51,7 @@ def check_groups(algo: Any, data: Any) -> None:
 
 
 def check_temperature(algo: Any, data: Any) -> None:
-    sampled = data.drawer.params.temperature
+    sampled = data.params.temperature
     if algo.temperature != sampled:
         raise UserError(
             f"algo.temperature={algo.temperature}, but responses are drawn at"

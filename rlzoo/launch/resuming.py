@@ -16,7 +16,7 @@ from rlzoo.data.fingerprint import of_file
 from rlzoo.data.rollout_files import rollout_files
 from rlzoo.errors import UserError
 from rlzoo.launch.configuration import leaves, overrides_given, plain
-from rlzoo.models.checkpoints import data_state
+from rlzoo.models.checkpoints import data_state, run_state
 from rlzoo.models.loading import model_directory
 from rlzoo.report.ledger import Ledger, Limits
 
@@ -128,7 +128,7 @@ def model_fingerprint(path: str) -> dict[str, str] | None:
 
 def recorded(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any] | None:
     """A checkpoint's record; for one that has none, its run's config.yaml; None without either."""
-    found: dict[str, Any] | None = data_state(state).get("record")
+    found: dict[str, Any] | None = run_state(state).get("record")
     if found:
         return found
     file = checkpoint.parent.parent / "config.yaml"
@@ -268,7 +268,7 @@ def reached(cfg: DictConfig, state: dict[str, Any]) -> list[str]:
     The same on every rank, since it is read from the checkpoint.
     """
     data, ledger = data_state(state), Ledger()
-    ledger.load_state_dict(data["ledger"])
+    ledger.load_state_dict(run_state(state)["ledger"])
     limits = {
         name: value for name, value in vars(Limits(**cfg.limits)).items() if value is not None
     }

@@ -11,13 +11,13 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rlzoo.data.base import RunDataModule
+from rlzoo.callbacks.state import Run
 from rlzoo.report.columns import AVG, validated_ks
 from rlzoo.report.plots import plot_run
 
 
 def summarize(
-    run_dir: Path, cfg: DictConfig, data: RunDataModule, exported: bool = True
+    run_dir: Path, cfg: DictConfig, run: Run, rollout_steps: int, exported: bool = True
 ) -> list[str]:
     """Writes `summary.json` and `learning.png`; returns the paragraph to print.
 
@@ -30,7 +30,7 @@ def summarize(
     Args:
         exported: whether the policy has been written, where one was to be.
     """
-    ledger = data.ledger
+    ledger = run.ledger
     labels = choices(cfg)
     figures: dict[str, Any] = labels | {
         "responses": ledger.responses,
@@ -40,8 +40,8 @@ def summarize(
         "planning_share": ledger.share("planning"),
         "pilot_seconds_share": ledger.share("pilot"),
         "pilot_share": ledger.counts["responses/pilot"] / max(1, ledger.responses),
-        "rollout_steps": data.rollout_step,
-        "stopped_by": data.ended_by,
+        "rollout_steps": rollout_steps,
+        "stopped_by": run.ended_by,
         "exported": exported,
         "ledger": ledger.row(),
     }
@@ -58,7 +58,7 @@ def summarize(
     if not values_of:
         return [f"Done in {ledger.seconds:.0f} s. Everything is in {run_dir}."]
     picture = plot_run(run_dir, labels)
-    own = f"{AVG}{getattr(data, 'val_responses', 0)}"  # others: of a k that the run had before
+    own = f"{AVG}{cfg.datamodule.get('val_responses', 0)}"  # others: of a k that the run had before
     return paragraph(figures, run_dir, picture, own if own in values_of else list(values_of)[-1])
 
 

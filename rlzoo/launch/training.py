@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import logging
 import os
 import warnings
@@ -18,12 +19,13 @@ from lightning import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerBase
 
 from rlzoo.callbacks.checkpoint import asynchronous_io
 from rlzoo.callbacks.doctor import Diagnosed
-from rlzoo.callbacks.ending import Ending, Postponed
 from rlzoo.callbacks.restore import Restore
-from rlzoo.data.base import RunDataModule
+from rlzoo.callbacks.state import Run
+from rlzoo.data.draw import Drawer
 from rlzoo.data.sft import SFTDataModule
 from rlzoo.engines.shapes import empty_model, expected_shapes
 from rlzoo.errors import UserError, check_choice
@@ -36,11 +38,12 @@ from rlzoo.launch.run_dir import claim, clear, describe, find_checkpoint, make
 from rlzoo.launch.schema import check_settings
 from rlzoo.launch.summary import ended, summarize
 from rlzoo.launch.targets import is_kind, target_of
-from rlzoo.models.checkpoints import data_state, kind_of, saved_by, whole_weights
+from rlzoo.loop import Parts, RolloutLoop, SupervisedLoop
+from rlzoo.models.checkpoints import data_state, kind_of, run_state, saved_by, whole_weights
 from rlzoo.models.loading import load_config
 from rlzoo.models.lora import check_lora, lora_settings
 from rlzoo.models.policy import eos_token_ids, load_tokenizer
-from rlzoo.report.ledger import Limits
+from rlzoo.report.ledger import Ledger, Limits
 from rlzoo.report.progress import Bars
 from rlzoo.rewards.calling import make_reward
 
@@ -77,38 +80,41 @@ def train_in(run_dir: Path, cfg: DictConfig) -> None:
         if is_first():
             leave_as_it_is(cfg, checkpoint, state, limits, bars)
         return
-    parts = build(cfg, bars)
-    data, callbacks = parts["datamodule"], parts["callbacks"]
+    loop, others = build(cfg, bars)
+    run, data = loop.run, loop.data
+    run.exact = data.exact = exact
+    run.record = record_of(cfg)
+    callbacks = [*loop.parts.present, *others, loop]
     if state is not None and not exact:
-        parts["algo"].restored_weights = partial(whole_weights, checkpoint)
-        callbacks.insert(0, Restore(state))
-    data.exact, data.record = exact, record_of(cfg)
-    before = recorded(checkpoint, state) if is_of(run_dir, checkpoint) else None
-    begun = partial(describe, run_dir, cfg, before and before["config"])
-    callbacks[:] = [Ending(begun if is_first() else None), *callbacks, Postponed()]
+        loop.algo.restored_weights = partial(whole_weights, checkpoint)
+        callbacks.insert(0, Restore(state, data))
+    if is_first():
+        before = recorded(checkpoint, state) if is_of(run_dir, checkpoint) else None
+        loop.begun = partial(describe, run_dir, cfg, before and before["config"])
     trainer = build_trainer(cfg, callbacks, purge_step(cfg, state))
     del state  # mapped from a file, which would keep its room on the disk once it is removed
     try:
-        data.ledger.start()
+        run.ledger.start()
         path = checkpoint if exact else None
-        trainer.fit(parts["algo"], datamodule=data, ckpt_path=path, weights_only=True)
+        trainer.fit(loop.algo, datamodule=data, ckpt_path=path, weights_only=True)
     except Diagnosed:
         bars.print_line("doctor=true: nothing was trained.")
-        leave_as_found(run_dir, cfg, data)
+        leave_as_found(run_dir, cfg, run)
         return
     except UserError:
-        leave_as_found(run_dir, cfg, data)
+        leave_as_found(run_dir, cfg, run)
         raise
     finally:
-        data.teardown("fit")
+        run.close()
     if is_first():
-        faults = [callback.fault for callback in callbacks if getattr(callback, "fault", None)]
-        finish(cfg, data, bars, faults)
+        export = loop.parts.export
+        fault = None if export is None else export.fault
+        finish(cfg, run, data.rollout_step, fault)
 
 
-def leave_as_found(run_dir: Path, cfg: DictConfig, data: RunDataModule) -> None:
+def leave_as_found(run_dir: Path, cfg: DictConfig, run: Run) -> None:
     """After a start that trained nothing, a new run may begin in its directory."""
-    if is_first() and cfg.ckpt_path is None and data.ledger.updates == 0:
+    if is_first() and cfg.ckpt_path is None and run.ledger.updates == 0:
         clear(run_dir)
 
 
@@ -117,24 +123,27 @@ def is_of(run_dir: Path, checkpoint: Path | None) -> bool:
     return checkpoint is not None and run_dir.resolve() in checkpoint.parents
 
 
-def finish(cfg: DictConfig, data: Any, bars: Bars, faults: list[Exception]) -> None:
+def finish(cfg: DictConfig, run: Run, rollout_steps: int, fault: Exception | None) -> None:
     """Sums up, and then speaks of what went wrong at the end.
+
+    Args:
+        fault: why the policy was not written.
 
     Raises:
         UserError: the policy or the summary could not be written; how to get them.
     """
     run_dir = Path(cfg.run_dir)
     mends = []
-    if faults:
+    if fault is not None:
         last = run_dir / "checkpoints" / "last.ckpt"
-        said = " ".join(str(faults[0]).split())
+        said = " ".join(str(fault).split())
         mends.append(
             f"policy/ was not written: {said} The run is whole in {last}: once that is mended,"
             f" python -m rlzoo.export {last} {run_dir / 'policy'}"
         )
     try:
-        for line in summarize(run_dir, cfg, data, exported=not faults):
-            bars.print_line(line)
+        for line in summarize(run_dir, cfg, run, rollout_steps, exported=fault is None):
+            run.bars.print_line(line)
     except Exception as error:
         mends.append(
             f"summary.json or learning.png could not be written: {type(error).__name__}: {error}."
@@ -148,19 +157,17 @@ def leave_as_it_is(
     cfg: DictConfig, checkpoint: Path, state: dict[str, Any], limits: list[str], bars: Bars
 ) -> None:
     """Says that a run has ended. If it was stopped before all of its end was written, writes that."""
-    run_dir, saved = Path(cfg.run_dir), data_state(state)
-    steps = saved["rollout_step"]
+    run_dir, steps = Path(cfg.run_dir), data_state(state)["rollout_step"]
     if is_of(run_dir, checkpoint) and not ended(run_dir, steps):
-        data = RunDataModule(bars, Limits())
-        data.load_run_state(saved)
-        data.end(" and ".join(limits))
-        faults = []
+        run, fault = Run(Limits(), Ledger(), bars, exact=False), None
+        run.load_state_dict(run_state(state))
+        run.ended_by = " and ".join(limits)
         if OmegaConf.select(cfg, "callbacks.export"):
             try:
                 write_policy(checkpoint, run_dir / "policy", cfg.model.path)
             except Exception as error:
-                faults.append(error)
-        finish(cfg, data, bars, faults)
+                fault = error
+        finish(cfg, run, steps, fault)
     bars.print_line(nothing_left(run_dir, limits, steps))
 
 
@@ -240,38 +247,50 @@ def strategy_kind(cfg: DictConfig) -> str:
     return "fsdp" if is_kind(strategy, ModelParallelStrategy) else "file"
 
 
-def build(cfg: DictConfig, bars: Bars) -> dict[str, Any]:
-    """The algorithm, its data and the callbacks, in the order they act at a boundary."""
+def build(cfg: DictConfig, bars: Bars) -> tuple[RolloutLoop | SupervisedLoop, list[Callback]]:
+    """The loop with all its parts, and the callbacks of the configuration that are none of them."""
     check_settings(cfg)
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.trust_remote_code)
     if cfg.model.get("lora") is not None:
         trust = cfg.model.trust_remote_code
         config = load_config(cfg.model.path, trust)
         check_lora(cfg.model.lora, empty_model(config, trust))
-    source = instantiate(cfg.data)
-    limits = Limits(**cfg.limits)
+    source, limits, ledger = instantiate(cfg.data), Limits(**cfg.limits), Ledger()
     if is_kind(target_of(cfg.datamodule), SFTDataModule):
-        algo = instantiate(cfg.algo)
-        datamodule = instantiate(cfg.datamodule, source, tokenizer, bars, limits)
+        algo, loop = instantiate(cfg.algo), SupervisedLoop
+        data = instantiate(cfg.datamodule, source, tokenizer)
+        run = Run(limits, ledger, bars)
     else:
-        algo = instantiate(cfg.algo, pad_token_id=tokenizer.pad_token_id)
+        algo, loop = instantiate(cfg.algo, pad_token_id=tokenizer.pad_token_id), RolloutLoop
         engine = instantiate(
             cfg.engine,
             eos_token_ids=eos_token_ids(cfg.model.path, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
-        allocator = instantiate(cfg.sampler.allocator)
-        reward = make_reward(cfg.reward)
-        datamodule = instantiate(
-            cfg.datamodule, source, tokenizer, engine, reward, allocator, bars, limits
-        )
-    extra = {"export": {"tokenizer": tokenizer}}
-    callbacks = [
-        instantiate(node, **extra.get(name, {})) for name, node in cfg.callbacks.items() if node
-    ]
-    check_parts(algo, datamodule)
+        allocator, reward = instantiate(cfg.sampler.allocator), make_reward(cfg.reward)
+        data = instantiate(cfg.datamodule, source, tokenizer, allocator)
+        drawer = Drawer(engine, reward, tokenizer, data.params, ledger, bars, data.seed)
+        run = Run(limits, ledger, bars, drawer)
+    algo.ledger = ledger
+    parts, others = build_callbacks(cfg, tokenizer)
+    check_parts(algo, data, limits)
     check_idle_options(algo)
-    return {"algo": algo, "datamodule": datamodule, "callbacks": callbacks}
+    return loop(run, data, algo, parts), others
+
+
+def build_callbacks(
+    cfg: DictConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Parts, list[Callback]]:
+    """The parts of the loop, by their names, and all other callbacks, in their order."""
+    extra = {"export": {"tokenizer": tokenizer}}
+    built = {
+        name: instantiate(node, **extra.get(name, {}))
+        for name, node in cfg.callbacks.items()
+        if node
+    }
+    own = [field.name for field in dataclasses.fields(Parts)]
+    parts = Parts(**{name: built.pop(name) for name in own if name in built})
+    return parts, list(built.values())
 
 
 def build_trainer(

@@ -121,12 +121,22 @@ def data_state(state: dict[str, Any]) -> dict[str, Any]:
         UserError: none did.
     """
     for found in state.values():
-        if isinstance(found, dict) and {"ledger", "rollout_step"} <= found.keys():
+        if isinstance(found, dict) and "rollout_step" in found:
             return found
     raise UserError(
-        "The checkpoint holds no ledger and no rollout step, so no run of rlzoo's can go on from"
-        " it. Take its weights alone with init_from=CHECKPOINT."
+        "The checkpoint holds no rollout step, so no run of rlzoo's can go on from it. Take its"
+        " weights alone with init_from=CHECKPOINT."
     )
+
+
+def run_state(state: dict[str, Any]) -> dict[str, Any]:
+    """What `rlzoo.callbacks.state.Run` saved; in older checkpoints it stands with the data's."""
+    found = state["callbacks"].get("Loop")
+    if found is not None:
+        return found
+    data = data_state(state)
+    drawn_by = (data.get("fingerprint") or {}).get("engine")
+    return {"ledger": data["ledger"], "record": data.get("record"), "drawn_by": drawn_by}
 
 
 def whole_weights(path: Path) -> dict[str, Tensor]:
