@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import get_args, get_type_hints
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -45,6 +46,16 @@ class Parts:
     checkpoint: callbacks.Checkpoint | None = None
     preemption: callbacks.Preemption | None = None
     export: callbacks.Export | None = None
+
+    def __post_init__(self) -> None:
+        """Raises a UserError for a callback of another kind under the name of a part."""
+        for name, kind in get_type_hints(Parts).items():
+            part, wanted = getattr(self, name), get_args(kind)[0]
+            if part is not None and not isinstance(part, wanted):
+                raise UserError(
+                    f"callbacks.{name} must be a rlzoo.callbacks.{wanted.__name__}, got"
+                    f" {type(part).__name__}. Give a callback of your own another name."
+                )
 
     @property
     def present(self) -> list[Callback]:
@@ -123,7 +134,7 @@ class RolloutLoop(Seam):
         if sampler is None:  # Lightning would ask again, for ever
             raise UserError(
                 "Nothing planned this epoch's budgets: sampler.callback, or callbacks.sampler, is"
-                " left out. Put it back; rlzoo.callbacks.Replan asks the allocator and does no more."
+                " left out. Put it back; rlzoo.callbacks.Replan asks the allocator, and no more."
             )
         sampler.plan(run, data, algo)
         asleep = getattr(run.engine, "asleep", True)  # an engine that does not say so is woken

@@ -57,11 +57,11 @@ def test_every_choice_builds_a_whole_run(choice, tmp_path, monkeypatch):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         overrides.append(f"data.path={path}")
     config = compose(*overrides, "limits.max_updates=10")
-    parts = build(config, Bars(enabled=False))
+    loop, others = build(config, Bars(enabled=False))
     try:
-        trainer = build_trainer(config, parts["callbacks"], None)
+        trainer = build_trainer(config, [*loop.parts.present, *others, loop], None)
         assert isinstance(trainer, lightning.Trainer)
-        algo = parts["algo"]
+        algo = loop.algo
         assert type(algo) is get_class(config.algo._target_)
         algo.policy_factory = make_tiny_model
         algo.configure_model()
@@ -69,7 +69,7 @@ def test_every_choice_builds_a_whole_run(choice, tmp_path, monkeypatch):
         assert isinstance(optimizer, torch.optim.AdamW)
         assert schedule["interval"] == "step"
     finally:
-        parts["datamodule"].teardown("fit")
+        loop.run.close()
 
 
 @pytest.mark.parametrize("path", [conf_dir() / f"{name}.yaml" for name in FILES], ids=FILES)

@@ -85,22 +85,15 @@ def diagnosed(
         bos: the tokenizer's begin token.
         asked: what the run's own datamodule asks of its engine.
     """
-    data = SimpleNamespace(
-        engine=engine,
-        train_prompts=prompts(),
-        tokenizer=SimpleNamespace(bos_token_id=bos),
-        drawer=SimpleNamespace(params=asked),
-    )
-    trainer = SimpleNamespace(
-        datamodule=data,
-        precision=precision,
-        precision_plugin=SimpleNamespace(forward_context=context),
-    )
+    plugin = SimpleNamespace(forward_context=context)
     module = SimpleNamespace(
-        policy=policy, device=torch.device("cpu"), named_weights=lambda: whole_weights_of(policy)
+        policy=policy,
+        device=torch.device("cpu"),
+        named_weights=lambda: whole_weights_of(policy),
+        trainer=SimpleNamespace(precision=precision, precision_plugin=plugin),
     )
-    setting = setting_of(trainer, module)
-    evidence = Evidence(setting, probe(trainer, module, setting))
+    setting = setting_of(module, engine, asked, bos)
+    evidence = Evidence(setting, probe(module, engine, prompts(), setting))
     rollouts = engine.draw(sampled)
     with torch.no_grad(), context():
         logits = logits_of(policy, rollouts)

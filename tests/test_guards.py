@@ -14,10 +14,10 @@ from lightning.pytorch.plugins.precision import Precision
 
 from rlzoo.allocators.gvm import gvm_budgets
 from rlzoo.callbacks import Checkpoint, WeightSync
+from rlzoo.callbacks.broken import refuse_broken
 from rlzoo.callbacks.checkpoint import comparable
-from rlzoo.callbacks.weight_sync import refuse_broken
 from rlzoo.diagnosis.gap import GapWatch
-from rlzoo.engines.base import Response
+from rlzoo.engines.base import Response, SamplingParams
 from rlzoo.engines.probe import LENGTH, probe_sequences
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
@@ -140,14 +140,18 @@ def synced(check: str, times: int, engine: CountingEngine, policy=None) -> int:
     """How often a probe was asked for in so many syncs."""
     policy = policy or make_tiny_model(1)
     prompts = [Prompt(str(i), "", "", token_ids=(9, 9, 9, 2 + i, 3, 4, 5 + i)) for i in range(4)]
-    data = SimpleNamespace(engine=engine, ledger=Ledger(), train_prompts=prompts)
-    trainer = SimpleNamespace(datamodule=data, precision="32-true", precision_plugin=Precision())
+    run = SimpleNamespace(engine=engine, ledger=Ledger())
+    tokenizer = SimpleNamespace(bos_token_id=None)
+    data = SimpleNamespace(train_prompts=prompts, params=SamplingParams(), tokenizer=tokenizer)
     module = SimpleNamespace(
-        policy=policy, device=torch.device("cpu"), named_weights=policy.named_parameters
+        policy=policy,
+        device=torch.device("cpu"),
+        named_weights=policy.named_parameters,
+        trainer=SimpleNamespace(precision="32-true", precision_plugin=Precision()),
     )
     sync = WeightSync(check)
     for _ in range(times):
-        sync.sync(trainer, module)
+        sync.sync(run, data, module)
     return engine.scored
 
 
@@ -182,7 +186,7 @@ def test_weights_that_are_no_numbers_are_named(value):
     with torch.no_grad():
         policy.model.layers[1].mlp.up_proj.weight[2, 3] = value
     with pytest.raises(UserError, match=r"not finite: model.layers.1.mlp.up_proj.weight hold NaN"):
-        refuse_broken(SimpleNamespace(policy=policy))
+        refuse_broken(policy)
 
 
 def test_the_probe_takes_prompts_from_where_they_begin_to_differ():

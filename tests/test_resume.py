@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from lightning import Callback
+from lightning import Callback, LightningModule
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from rlzoo.bench.resume import (
     save_state,
 )
 from rlzoo.callbacks.preemption import Preempted
+from rlzoo.callbacks.state import Run
 from rlzoo.errors import UserError
 from rlzoo.export import export
 from rlzoo.launch.configuration import conf_dir
@@ -106,10 +107,10 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 class Told(Callback):
-    """Tells a run to stop as soon as it starts, so that it ends at its next boundary."""
+    """Tells a run to stop at each of its boundaries."""
 
-    def on_train_start(self, trainer, pl_module):
-        trainer.datamodule.told_to_stop = "SIGTERM"
+    def on_boundary(self, run: Run, algo: LightningModule) -> None:
+        run.told_to_stop = "SIGTERM"
 
 
 def train_whole_and_in_pieces(folder: Path) -> None:

@@ -15,8 +15,6 @@ from rlzoo.data.sft import SFTDataModule
 from rlzoo.errors import UserError
 from rlzoo.launch.summary import read_metrics
 from rlzoo.ranks.exchange import world
-from rlzoo.report.ledger import Limits
-from rlzoo.report.progress import Bars
 from rlzoo.types import Prompt
 from tests import warm
 from tests.zoo import calm_model
@@ -42,7 +40,7 @@ def data_of(pairs, val=(), **changes) -> SFTDataModule:
     template = SimpleNamespace(encode=encode)
     source = SimpleNamespace(template=template, load=lambda split: list(val))
     options = {"batch_size": 4, "updates_per_step": 1, "corpus": pairs} | changes
-    return SFTDataModule(source, Tokenizer(), Bars(enabled=False), Limits(max_updates=1), **options)
+    return SFTDataModule(source, Tokenizer(), **options)
 
 
 def module(accumulate: int = 1, world_size: int = 1, **changes) -> SFT:
@@ -107,11 +105,7 @@ def test_the_loss_of_no_batch_is_not_a_number():
 
 def fed(data: SFTDataModule, accumulate: int = 1) -> list[list[int]]:
     """Solution lengths of each microbatch of the next step."""
-    data.trainer = SimpleNamespace(
-        accumulate_grad_batches=accumulate,
-        lightning_module=SimpleNamespace(agree_on_pieces=lambda batches: None),
-    )
-    batches = list(data.batches())
+    batches = [batch for update in data.updates(accumulate) for batch in update]
     assert [batch.last for batch in batches] == [False] * (len(batches) - 1) + [True]
     return [batch.response_mask.sum(-1).tolist() for batch in batches]
 

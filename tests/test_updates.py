@@ -43,7 +43,6 @@ class Line(OptimizationModule):
 
 def fit(module: Line, *kinds: str) -> Ledger:
     data = LightningDataModule()
-    data.ledger = Ledger()
     data.train_dataloader = lambda: DataLoader(list(kinds), batch_size=1)
     trainer = Trainer(
         max_epochs=1,
@@ -55,7 +54,7 @@ def fit(module: Line, *kinds: str) -> Ledger:
         enable_checkpointing=False,
     )
     trainer.fit(module, datamodule=data)
-    return data.ledger
+    return module.ledger
 
 
 @pytest.mark.parametrize(

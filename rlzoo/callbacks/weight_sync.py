@@ -70,9 +70,7 @@ class WeightSync(Callback):
         if check and (told := [each for each in all_gather(problem) if each]):
             raise RuntimeError(told[0])  # on every rank, whichever engine it is
 
-    def problem(
-        self, engine: Engine, data: RolloutDataModule, algo: PolicyAlgorithm
-    ) -> str | None:
+    def problem(self, engine: Engine, data: RolloutDataModule, algo: PolicyAlgorithm) -> str | None:
         """What is wrong between this rank's engine and the trainer; collective where weights are
         sharded."""
         checksum = engine.checksum()

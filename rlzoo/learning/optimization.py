@@ -18,6 +18,7 @@ from rlzoo.models.checks import check_placed
 from rlzoo.models.gather import load_whole, whole
 from rlzoo.models.lora import is_adapter, lora_of, whole_weights_of
 from rlzoo.models.precision import float_buffers, put_back
+from rlzoo.report.ledger import Ledger
 from rlzoo.rng import derive_seed
 from rlzoo.types import OptimizerFactory, PolicyFactory
 
@@ -49,6 +50,7 @@ class OptimizationModule(lightning.LightningModule):
         self.policy_factory, self.optimizer_factory = policy, optimizer
         self.scheduler_factory, self.max_skipped_updates = scheduler, max_skipped_updates
         self.policy: PreTrainedModel | None = None
+        self.ledger = Ledger()  # the run's, once it is part of one
         self.kept_buffers: dict[str, Tensor] = {}  # as they were before a strategy converted them
         self.divisor = 1.0  # of the optimizer step in progress; 0: nothing trains
         self.grad_norms: list[dict[str, float]] = []  # by parameter group, before clipping
@@ -92,7 +94,7 @@ class OptimizationModule(lightning.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Starts dropout's noise anew from where the run is, so that a resume repeats it."""
         if (lora := lora_of(self.policy)) is not None and lora["dropout"] > 0:
-            place = self.trainer.datamodule.ledger.updates, batch_idx, self.trainer.global_rank
+            place = self.ledger.updates, batch_idx, self.trainer.global_rank
             torch.manual_seed(derive_seed(self.noise_seed, "dropout", *place))
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -153,7 +155,7 @@ class OptimizationModule(lightning.LightningModule):
         self.skipped = skip_reason(sum(norms.values()), self.divisor)
         if not self.skipped:
             self.grad_norms.append(norms)
-        self.trainer.datamodule.ledger.updated(self.skipped)
+        self.ledger.updated(self.skipped)
         self.count_in_a_row()
         if self.skips_in_a_row > self.max_skipped_updates:
             raise UserError(

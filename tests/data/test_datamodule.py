@@ -1,20 +1,13 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from rlzoo.allocators import GVM, Allocator, Dynamic, Uniform
 from rlzoo.data.arithmetic import ArithmeticPrompts
 from rlzoo.data.datamodule import RolloutDataModule
-from rlzoo.data.rollout_loader import RolloutLoader
-from rlzoo.engines.transformers import TransformersEngine
+from rlzoo.data.draw import Drawer
 from rlzoo.errors import UserError
 from rlzoo.models.policy import load_tokenizer
-from rlzoo.report.ledger import Limits
-from rlzoo.report.progress import Bars
-from rlzoo.rewards.verifier import MathReward
 from rlzoo.types import Rollouts
-from tests.conftest import make_tiny_model
 
 TOKENIZER = load_tokenizer("tiny")
 
@@ -23,20 +16,23 @@ def make(allocator: Allocator | None = None, **sizes: int) -> RolloutDataModule:
     data = RolloutDataModule(
         ArithmeticPrompts(num_train=50, num_val=4),
         TOKENIZER,
-        TransformersEngine(make_tiny_model, [0], 1),
-        MathReward(),
         allocator or Uniform(),
-        Bars(enabled=False),
-        Limits(),
         **{"prompts_per_epoch": 16, "responses_per_prompt": 4, "responses_per_step": 16} | sizes,
     )
     data.setup("fit")
-    draws = []
+    return data
+
+
+class Draws(Drawer):
+    """A drawer without an engine: it keeps what it is asked for."""
+
+    def __init__(self) -> None:
+        self.draws: list[tuple[int, list[str], list[int]]] = []
 
     def draw(
-        prompts: list, budgets: list[int], stream: str, rollout_step: int, round_: int = 0
+        self, prompts: list, budgets: list[int], stream: str, rollout_step: int, round_: int = 0
     ) -> Rollouts:
-        draws.append((rollout_step, [prompt.id for prompt in prompts], budgets))
+        self.draws.append((rollout_step, [prompt.id for prompt in prompts], budgets))
         chosen = [(p, n) for p, n in zip(prompts, budgets, strict=True) if n]
         num = sum(budgets)
         return Rollouts(
@@ -53,8 +49,12 @@ def make(allocator: Allocator | None = None, **sizes: int) -> RolloutDataModule:
             rollout_step=rollout_step,
         )
 
-    data.drawer.draw, data.draws = draw, draws
-    return data
+
+def draw_step(data: RolloutDataModule, drawer: Drawer) -> Rollouts:
+    """The next rollout step, as the loop draws it."""
+    rollouts = drawer.draw_in_rounds(*data.next_prompts(), data)
+    data.step_drawn()
+    return rollouts
 
 
 def begin_epoch(data: RolloutDataModule, budgets: list[int]) -> None:
@@ -66,12 +66,12 @@ RAGGED = [40, 0, 1, 3, 0, 2, 2, 0, 0, 1, 1, 4, 4, 3, 3, 0]  # the first fills tw
 
 @pytest.mark.parametrize("budgets", [[4] * 16, RAGGED, RAGGED[::-1]])
 def test_an_epoch_draws_exactly_its_budgets_in_whole_groups(budgets):
-    data = make()
+    data, drawer = make(), Draws()
     begin_epoch(data, budgets)
     order = [prompt.id for prompt in data.shard()]
-    sizes = [len(data.next_rollouts()) for _ in range(data.steps_per_epoch)]
+    sizes = [len(draw_step(data, drawer)) for _ in range(data.steps_per_epoch)]
     assert sum(sizes) == 64 and not data.epoch_in_progress()
-    drawn = {i: n for _, ids, counts in data.draws for i, n in zip(ids, counts, strict=True)}
+    drawn = {i: n for _, ids, counts in drawer.draws for i, n in zip(ids, counts, strict=True)}
     assert drawn == {i: n for i, n in zip(order, budgets, strict=True) if i in drawn}
     for step in range(4):  # what one step overshoots the next gives back
         assert 16 * (step + 1) <= sum(sizes[: step + 1]) < 16 * (step + 1) + max(budgets)
@@ -97,13 +97,14 @@ def test_budgets_of_another_sum_or_below_zero_are_refused(budgets):
 def test_a_restored_datamodule_draws_what_the_first_would_have_drawn():
     data, other = make(), make()
     begin_epoch(data, RAGGED[::-1])
-    data.next_rollouts()
+    draw_step(data, Draws())
     other.load_state_dict(data.state_dict())
+    found = []
     for module in (data, other):
-        module.draws.clear()
+        found.append(Draws())
         while module.epoch_in_progress():
-            module.next_rollouts()
-    assert data.draws == other.draws and other.draws
+            draw_step(module, found[-1])
+    assert found[0].draws == found[1].draws and found[1].draws
 
 
 def test_a_checkpoint_of_other_sizes_is_refused_with_the_mend():
@@ -122,7 +123,7 @@ def test_truncated_sampling_has_to_be_asked_for_twice(truncation):
     with pytest.raises(UserError, match="allow_truncated_sampling=true"):
         make(**truncation)
     data = make(**truncation, allow_truncated_sampling=True)
-    assert data.drawer.params._asdict().items() >= truncation.items()
+    assert data.params._asdict().items() >= truncation.items()
 
 
 def test_more_prompts_an_epoch_than_there_are_is_refused():
@@ -130,66 +131,45 @@ def test_more_prompts_an_epoch_than_there_are_is_refused():
         make(prompts_per_epoch=64)
 
 
-def test_the_loader_has_a_length_and_draws_a_step_only_when_it_is_asked_for():
-    steps = []
-    source = SimpleNamespace(
-        steps_per_epoch=3,
-        microbatches_per_step=2,
-        epoch_in_progress=lambda: len(steps) < 3,
-        next_rollouts=lambda: steps.append(len(steps)) or len(steps),
-        prepare=lambda rollouts: [(rollouts, 0), (rollouts, 1)],
-    )
-    loader = RolloutLoader(source)
-    assert len(loader) == 6
-    batches = iter(loader)
-    assert steps == []
-    assert [next(batches), next(batches)] == [(1, 0), (1, 1)] and steps == [0]
-    assert len(list(batches)) == 4
-
-
-def alternate(data: RolloutDataModule) -> None:
+class Alternating(Draws):
     """Makes every second prompt of a draw right once, so that its group has contrast."""
-    draw = data.drawer.draw
 
-    def mixed(*args: object) -> Rollouts:
-        rollouts = draw(*args)
+    def draw(self, *args: object) -> Rollouts:
+        rollouts = super().draw(*args)
         rollouts.rewards[(rollouts.group_ids % 2 == 0) & (torch.arange(len(rollouts)) % 4 == 0)] = (
             1.0
         )
         return rollouts
 
-    data.drawer.draw = mixed
-
 
 def test_dynamic_sampling_replaces_prompts_without_contrast_by_others_until_none_is_left():
-    data = make(Dynamic(max_rounds=9))
-    alternate(data)
+    data, drawer = make(Dynamic(max_rounds=9)), Alternating()
     begin_epoch(data, [4] * 16)
-    rollouts = data.next_rollouts()
-    rounds = [ids for _, ids, _ in data.draws]
+    rollouts = draw_step(data, drawer)
+    rounds = [ids for _, ids, _ in drawer.draws]
     assert [len(ids) for ids in rounds] == [4, 2, 1]  # half of each round is replaced
     ids = sum(rounds, [])
     assert len(set(ids)) == len(ids) == len(rollouts.prompts)
     assert [prompt.id for prompt in rollouts.prompts] == ids
     assert torch.bincount(rollouts.group_ids).tolist() == [4] * 7
-    assert data.row["rounds"] == 3
+    assert rollouts.rounds == 3
     assert data.next_prompt == 4  # the others are not taken from the epoch's order
 
 
 def test_dynamic_sampling_stops_after_its_rounds_and_keeps_what_it_drew():
-    data = make(Dynamic(max_rounds=2))  # no group ever has contrast
+    data, drawer = make(Dynamic(max_rounds=2)), Draws()  # no group ever has contrast
     begin_epoch(data, [4] * 16)
-    assert len(data.next_rollouts()) == 16 + 16
-    assert len(data.draws) == 2
+    assert len(draw_step(data, drawer)) == 16 + 16
+    assert len(drawer.draws) == 2
 
 
 def test_dynamic_sampling_draws_the_same_again_from_the_same_seed():
     draws = []
     for seed in (0, 0, 1):
-        data = make(Dynamic(max_rounds=3), seed=seed)
+        data, drawer = make(Dynamic(max_rounds=3), seed=seed), Draws()
         begin_epoch(data, [4] * 16)
-        data.next_rollouts()
-        draws.append(data.draws)
+        draw_step(data, drawer)
+        draws.append(drawer.draws)
     assert draws[0] == draws[1] != draws[2]
 
 

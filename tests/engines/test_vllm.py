@@ -155,23 +155,23 @@ def test_weights_of_another_version_are_refused(engine):
         engine.generate(requests(1), PARAMS, expected_version=6)
 
 
-def fake_trainer(engine: VLLMEngine) -> SimpleNamespace:
-    data = SimpleNamespace(engine=engine, ledger=Ledger())
-    return SimpleNamespace(datamodule=data, precision="32-true")
-
-
 def module_of(policy: Qwen2ForCausalLM) -> SimpleNamespace:
     return SimpleNamespace(
-        policy=policy, device=torch.device("cpu"), named_weights=policy.named_parameters
+        policy=policy,
+        device=torch.device("cpu"),
+        named_weights=policy.named_parameters,
+        trainer=SimpleNamespace(precision="32-true"),
     )
 
 
 def test_the_check_after_a_sync_passes_and_notices_a_stale_head(engine, monkeypatch):
-    sync, trainer = WeightSync(), fake_trainer(engine)
-    sync.sync(trainer, module_of(make_policy(20)), check=True)
+    sync, run = WeightSync("always"), SimpleNamespace(engine=engine, ledger=Ledger())
+    tokenizer = SimpleNamespace(bos_token_id=None)
+    data = SimpleNamespace(train_prompts=(), params=SamplingParams(), tokenizer=tokenizer)
+    sync.sync(run, data, module_of(make_policy(20)))
     monkeypatch.setattr(vllm_engine, "repack_tied_head", lambda model: None)
     with pytest.raises(RuntimeError, match="weights differ from the trainer's"):
-        sync.sync(trainer, module_of(make_policy(21)), check=True)
+        sync.sync(run, data, module_of(make_policy(21)))
 
 
 @pytest.mark.parametrize(

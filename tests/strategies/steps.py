@@ -25,7 +25,6 @@ from rlzoo.engines.base import weights_checksum
 from rlzoo.models.gather import gathered
 from rlzoo.models.policy import load_policy
 from rlzoo.ranks import exchange as distributed
-from rlzoo.report.ledger import Ledger
 from rlzoo.strategies import FSDP, DeepSpeed, ddp
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.conftest import make_tiny_model
@@ -100,7 +99,7 @@ class OneStep(lightning.LightningDataModule):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.case, self.ledger = case, Ledger()
+        self.case = case
 
     def rollouts(self) -> Rollouts:
         rollouts = recorded_rollouts((3, 1, 4, 2))
@@ -194,7 +193,7 @@ class Last(lightning.Callback):
         self.found |= {
             "head_norms": norms,
             "grad_norms": torch.tensor([grads.get(k, 0.0) for k in ("policy", "critic")]),
-            "counts": torch.tensor([data.ledger.counts[k] for k in COUNTED]),
+            "counts": torch.tensor([algo.ledger.counts[k] for k in COUNTED]),
             "checksum": torch.tensor(weights_checksum(algo.named_weights())),
             "ref_kl": torch.tensor(float(algo.means.compute().get("ref_kl", 0.0))),
         }

@@ -1,0 +1,96 @@
+"""The loop: its order is the code's, not a configuration's."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from rlzoo.callbacks import Checkpoint, Validation
+from rlzoo.callbacks.seam import Microbatches, Seam
+from rlzoo.callbacks.state import Run
+from rlzoo.errors import UserError
+from rlzoo.loop import Parts
+from rlzoo.report.ledger import Ledger, Limits
+from rlzoo.report.progress import Bars
+
+
+class Data:
+    """Three rollout steps of two microbatches."""
+
+    rollout_step = epochs_done = 0
+
+    def exhausted(self) -> None:
+        return None
+
+
+class Steps(Seam):
+    def __init__(self, **limits: int) -> None:
+        super().__init__(Run(Limits(**limits), Ledger(), Bars(enabled=False)))
+        self.told: list[str] = []
+        self.data = Data()
+
+    cursor = property(lambda self: self.data)
+    microbatches_per_step = 2
+
+    def boundary(self, trainer: object) -> None:
+        self.told.append(self.run.ended_by or "goes on")
+
+
+def ended(loop: Seam, trainer: SimpleNamespace, last: bool) -> None:
+    loop.on_train_batch_start()
+    loop.on_train_batch_end(trainer, None, None, SimpleNamespace(last=last), 0)
+
+
+def test_the_microbatches_have_a_length_and_a_step_is_drawn_only_when_it_is_asked_for():
+    steps = []
+
+    def epoch():
+        for step in range(3):
+            steps.append(step)
+            yield from [(step, 0), (step, 1)]
+
+    loader = Microbatches(epoch, 6)
+    assert len(loader) == 6
+    batches = iter(loader)
+    assert steps == []
+    assert [next(batches), next(batches)] == [(0, 0), (0, 1)] and steps == [0]
+    assert len(list(batches)) == 4
+
+
+def test_a_boundary_follows_the_last_microbatch_of_a_step_alone():
+    loop, trainer = Steps(), SimpleNamespace(should_stop=False, max_epochs=-1, callbacks=[])
+    for last in (False, True, False, True):
+        ended(loop, trainer, last)
+    assert loop.told == ["goes on", "goes on"] and not trainer.should_stop
+    assert "training" in loop.run.ledger.phases
+
+
+def test_a_stop_that_any_callback_asks_for_waits_for_the_boundary():
+    loop, trainer = Steps(), SimpleNamespace(should_stop=True, max_epochs=-1, callbacks=[])
+    ended(loop, trainer, last=False)
+    assert not trainer.should_stop and loop.told == []
+    ended(loop, trainer, last=True)
+    assert trainer.should_stop and loop.told == ["trainer.should_stop"]
+
+
+def test_a_limit_ends_the_run_at_the_boundary_and_every_part_knows_it():
+    loop = Steps(max_updates=2)
+    trainer = SimpleNamespace(should_stop=False, max_epochs=-1, callbacks=[])
+    loop.run.ledger.updated(None)
+    ended(loop, trainer, last=True)
+    loop.run.ledger.updated(None)
+    ended(loop, trainer, last=True)
+    assert loop.told == ["goes on", "limits.max_updates=2"] and trainer.should_stop
+
+
+def test_parts_act_in_the_order_of_the_loop_whatever_order_they_were_given_in():
+    checkpoint, validation = Checkpoint("x"), Validation()
+    names = {"checkpoint": checkpoint, "validation": validation}
+    for order in (names, dict(reversed(names.items()))):
+        assert Parts(**order).present == [validation, checkpoint]
+
+
+def test_another_callback_under_the_name_of_a_part_is_refused():
+    with pytest.raises(
+        UserError, match="callbacks.checkpoint must be a rlzoo.callbacks.Checkpoint"
+    ):
+        Parts(checkpoint=Validation())
