@@ -51,7 +51,7 @@ FIXED = (  # key=value, and what is listed
     ("algo=raft", "algo._target_: rlzoo.algos.GRPO -> rlzoo.algos.RAFT"),
     (
         "sampler=uniform",
-        "sampler.allocator._target_: rlzoo.allocators.GVM -> rlzoo.allocators.Uniform",
+        "sampler.allocator._target_: rlzoo.allocators.GVMBudgets -> rlzoo.allocators.Uniform",
     ),
     ("sampler.callback.pilots=8", "sampler.callback.pilots: 4 -> 8"),
     ("datamodule.responses_per_step=128", "datamodule.responses_per_step: 256 -> 128"),
@@ -288,8 +288,8 @@ def test_a_checkpoint_without_record_or_fingerprint_goes_on(folder):
     run_dir = folder / "run"
     path = (run_dir / "checkpoints" / "last.ckpt").resolve()
     state = torch.load(path, map_location="cpu", weights_only=True)
-    for name in ("record", "fingerprint"):
-        del state["RolloutDataModule"][name]
+    del state["RolloutDataModule"]["fingerprint"]
+    state["RolloutDataModule"]["ledger"] = state["callbacks"].pop("Loop")["ledger"]
     own = state["callbacks"]["Checkpoint"]
     own["loggers"] = [
         {name: x for name, x in s.items() if name != "cells"} for s in own["loggers"].values()

@@ -15,6 +15,7 @@ from rlzoo.data.sft import SFTDataModule
 from rlzoo.errors import UserError
 from rlzoo.launch.summary import read_metrics
 from rlzoo.ranks.exchange import world
+from rlzoo.report.ledger import Limits
 from rlzoo.types import Prompt
 from tests import warm
 from tests.zoo import calm_model
@@ -203,9 +204,10 @@ def test_a_supervised_run_passes_its_warm_up_and_a_resume_is_the_same(tmp_path):
 
 
 def test_a_limit_that_will_be_overshot_is_said(caplog):
-    data_of(PAIRS, updates_per_step=1).check_limits()
+    limits = Limits(max_updates=1)
+    data_of(PAIRS, updates_per_step=1).check_limits(limits)
     assert not caplog.text
-    data_of(PAIRS, updates_per_step=50).check_limits()
+    data_of(PAIRS, updates_per_step=50).check_limits(limits)
     assert (
         "limits.max_updates=1 is no multiple" in caplog.text
         and "it makes 50 updates" in caplog.text

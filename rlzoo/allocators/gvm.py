@@ -61,7 +61,7 @@ def gvm_budgets(
     return round_to_total(weights / weights.sum(), total, low=n_min, high=n_max)
 
 
-class GVM(OneRound):
+class GVMBudgets(OneRound):
     """Gives more responses to prompts whose gradient is large or hard to come by.
 
     A prompt none of whose pilots was correct gets `n_min` responses: 0 drops it for the epoch, as

@@ -16,6 +16,7 @@ from rlzoo.data.fingerprint import of_file
 from rlzoo.data.rollout_files import rollout_files
 from rlzoo.errors import UserError
 from rlzoo.launch.configuration import leaves, overrides_given, plain
+from rlzoo.launch.targets import present_name
 from rlzoo.models.checkpoints import data_state, run_state
 from rlzoo.models.loading import model_directory
 from rlzoo.report.ledger import Ledger, Limits
@@ -211,7 +212,8 @@ def differences(
     old, new = dict(leaves(before)), dict(leaves(after))
     found = {}
     for key in dict.fromkeys([*old, *new]):
-        pair = value_at(before, key), value_at(after, key)  # one may be a mapping, the other null
+        # One may be a mapping, the other null.
+        pair = present_name(value_at(before, key)), value_at(after, key)
         if pair[0] == pair[1] or all(value is None or value is ABSENT for value in pair):
             continue
         if pair[0] is ABSENT and not named(key, [*given_now, *deleted(given_before)]):

@@ -20,7 +20,11 @@ MOVED = {
         "report": ("columns", "ledger", "loggers", "plots", "progress", "trackers"),
     }.items()
     for name in names
-} | {"rlzoo.distributed": "rlzoo.ranks.exchange", "rlzoo.rewards.length": "rlzoo.learning.length"}
+} | {
+    "rlzoo.distributed": "rlzoo.ranks.exchange",
+    "rlzoo.rewards.length": "rlzoo.learning.length",
+    "rlzoo.allocators.GVM": "rlzoo.allocators.GVMBudgets",
+}
 
 
 def target_of(node: Mapping[str, Any]) -> Callable[..., Any]:
@@ -41,6 +45,14 @@ def target_of(node: Mapping[str, Any]) -> Callable[..., Any]:
 
 def is_kind(target: object, kind: type) -> bool:
     return isinstance(target, type) and issubclass(target, kind)
+
+
+def present_name(value: object) -> object:
+    """The name that a `_target_` from then has now; anything else as it is."""
+    for old, new in MOVED.items():
+        if isinstance(value, str) and (value == old or value.startswith(f"{old}.")):
+            return new + value.removeprefix(old)
+    return value
 
 
 def now_called(text: str) -> str:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlzoo.allocators import GVM, Allocator, Dynamic, Uniform
+from rlzoo.allocators import Allocator, Dynamic, GVMBudgets, Uniform
 from rlzoo.data.arithmetic import ArithmeticPrompts
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.data.draw import Drawer
@@ -175,7 +175,7 @@ def test_dynamic_sampling_draws_the_same_again_from_the_same_seed():
 
 def test_a_replay_has_no_use_for_a_sampler(tmp_path):
     with pytest.raises(UserError, match="sampler=uniform"):
-        make(GVM(), replay=str(tmp_path))
+        make(GVMBudgets(), replay=str(tmp_path))
     with pytest.raises(UserError, match=f"replay={tmp_path} is neither"):
         make(replay=str(tmp_path))
 

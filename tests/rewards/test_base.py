@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rlzoo.allocators import GVM, Dynamic
+from rlzoo.allocators import Dynamic, GVMBudgets
 from rlzoo.callbacks.rollout_log import rollout_figures
 from rlzoo.data.rollout_files import accepted, write_rollouts
 from rlzoo.errors import UserError
@@ -50,7 +50,7 @@ def test_right_is_the_full_reward_wherever_it_is_asked(rewards, num_right, tmp_p
     rollouts.rewards[:] = torch.tensor(rewards)
     rollouts.verdicts[:] = 1  # what a verdict says besides has no say
     values, ids = rollouts.rewards, rollouts.group_ids
-    gvm, dynamic, passes = GVM(), Dynamic(), PassMetrics(ks=[2])
+    gvm, dynamic, passes = GVMBudgets(), Dynamic(), PassMetrics(ks=[2])
     gvm.observe(["p"], [rewards], [[1, 1]], [1.0])
     dynamic.observe(["p"], [rewards], [[1, 1]])
     passes.update(values, ids)
