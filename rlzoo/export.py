@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rlzoo.errors import UserError
-from rlzoo.models.checkpoints import data_state, kind_of, policy_weights, read_state
+from rlzoo.models.checkpoints import kind_of, policy_weights, read_state, run_state
 from rlzoo.models.finite import not_finite
 from rlzoo.models.loading import load_config, model_directory
 from rlzoo.models.policy import load_tokenizer
@@ -178,7 +178,7 @@ def run_config(checkpoint: Path) -> DictConfig | ListConfig:
     if found.is_file():
         return OmegaConf.load(found)
     try:
-        config = DictConfig(data_state(read_state(checkpoint))["record"]["config"])
+        config = DictConfig(run_state(read_state(checkpoint))["record"]["config"])
     except (KeyError, UserError):
         config = DictConfig({})
     return config
