@@ -53,19 +53,12 @@ SPLIT_NAMES = {
 
 
 class Content(NamedTuple):
-    """What a file is.
+    """What a file is."""
 
-    Attributes:
-        kind: "jsonl" (JSON lines or one array), "parquet" or "csv".
-        is_array: whether the JSON is one array.
-        encoding: of text.
-        open: opens the bytes, unpacked.
-    """
-
-    kind: str
-    is_array: bool
-    encoding: str
-    open: Callable[[], BinaryIO]
+    kind: str  # "jsonl" (JSON lines or one array), "parquet" or "csv"
+    is_array: bool  # whether the JSON is one array
+    encoding: str  # of text
+    open: Callable[[], BinaryIO]  # opens the bytes, unpacked
 
 
 # --- which files --------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ class PromptTemplate:
                 reads.
         """
         options, name = dict(self.arguments), name_of(tokenizer)
-        source = tokenizer.chat_template
+        source, allowed = tokenizer.chat_template, set[str]()
         if isinstance(source, dict):
             choice = options.get("chat_template", "default")
             if choice not in source:
@@ -148,9 +148,8 @@ class PromptTemplate:
                     f"The tokenizer of {name} has several chat templates, {sorted(source)}, but no"
                     f' {choice!r}. Choose one: "data.template.arguments={{chat_template: NAME}}".'
                 )
-            source = source[choice]
+            source, allowed = source[choice], {"chat_template"}
         taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"kwargs"}
-        allowed = {"chat_template"} if isinstance(tokenizer.chat_template, dict) else set()
         read = names_read(source)
         if self.date is not None and "strftime_now" not in read:
             raise UserError(

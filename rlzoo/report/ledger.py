@@ -17,19 +17,12 @@ PAID = ("train", "pilot")  # streams whose responses the budget pays for
 
 @dataclass(frozen=True)
 class Limits:
-    """Stop rules, each checked before a rollout step begins; None never stops.
+    """Stop rules, each checked before a rollout step begins; None never stops."""
 
-    Attributes:
-        max_responses: paid responses (training, filtered ones and pilots included).
-        max_tokens: generated tokens of paid responses.
-        max_seconds: of wall time, resumed parts added up.
-        max_updates: optimizer steps.
-    """
-
-    max_responses: int | None = None
-    max_tokens: int | None = None
-    max_seconds: float | None = None
-    max_updates: int | None = None
+    max_responses: int | None = None  # paid ones: training, filtered ones and pilots included
+    max_tokens: int | None = None  # generated tokens of paid responses
+    max_seconds: float | None = None  # of wall time, resumed parts added up
+    max_updates: int | None = None  # optimizer steps
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -13,6 +13,7 @@ from fractions import Fraction
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n", strict=True))
+_NAMES = "times cdot cdot infty le ge ne approx cup cap emptyset pm in".split()
 _SIGNS = str.maketrans(
     {
         **dict.fromkeys("−–‒‐‑﹣－", "-"),
@@ -22,21 +23,8 @@ _SIGNS = str.maketrans(
         **dict.fromkeys("°º˚", r"^\circ "),
         **dict.fromkeys("⟨〈", r"\langle "),
         **dict.fromkeys("⟩〉", r"\rangle "),
-        "⁄": "/",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "⋅": r"\cdot ",
-        "÷": "/",
-        "∞": r"\infty ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "≈": r"\approx ",
-        "∪": r"\cup ",
-        "∩": r"\cap ",
-        "∅": r"\emptyset ",
-        "±": r"\pm ",
-        "∈": r"\in ",
+        **dict.fromkeys("⁄÷", "/"),
+        **{sign: rf"\{name} " for sign, name in zip("×·⋅∞≤≥≠≈∪∩∅±∈", _NAMES, strict=True)},
     }
 )
 _GREEK = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi psi omega".split()
