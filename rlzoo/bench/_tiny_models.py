@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-SIZES = dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), 32)
+SIZES: dict[str, Any] = dict.fromkeys(
+    ("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), 32
+)
 SIZES |= dict.fromkeys(("word_embed_proj_dim", "emb_dim"), 32)
 SIZES |= dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 48)
 SIZES |= dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "expert_ffn_hidden_size"), 48)
@@ -127,7 +128,7 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     return kind(**settings)
 
 
-def tiny_model(family: str, **changes: Any) -> nn.Module:
+def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """A random causal model, always the same.
 
     Raises:
@@ -140,7 +141,7 @@ def tiny_model(family: str, **changes: Any) -> nn.Module:
         raise ValueError(f"it cannot be made small by the usual keys: {count:,} parameters")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         model(input_ids=torch.arange(16)[None] % 12 + 3, use_cache=False)  # or its sizes do not fit
     return model

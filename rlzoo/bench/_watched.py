@@ -1,21 +1,19 @@
-"""`python -m rlzoo.bench._watched OVERRIDES`: `rlzoo.run` that says where it is, for `bench resume`.
+"""A callback that says where its run is, for `bench resume` to look at from outside.
 
 Rank 0 keeps two bytes in a memory-mapped file, so that what they say outlives a SIGKILL: the place
-of the outermost phase of its ledger in PHASES, and the microbatches trained in the rollout step.
+of the outermost phase in PHASES, and the microbatches trained in the rollout step.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning import Callback
+
 from rlzoo.launch.processes import is_first
-from rlzoo.report.ledger import Ledger
-from rlzoo.run import main
+from rlzoo.ranks.whereabouts import HERE
 
 PHASES = (
     "starting",  # up to the first phase: imports, process group, model, checkpoint, engine
@@ -29,7 +27,6 @@ PHASES = (
     "checkpointing",
     "between",  # phases: logs, rollouts/, advantages, and all that follows the last step
 )
-WHERE = "RLZOO_BENCH_WHERE"  # environment variable that names the file
 
 
 def phase_of(name: str) -> str:
@@ -39,40 +36,27 @@ def phase_of(name: str) -> str:
     return {"engine_start": "starting", "gathering": "verifying"}.get(whole, whole)
 
 
-def watch(path: Path) -> None:
-    """Keeps the file at `path` up to date from now on, in this process.
+class Watched(Callback):
+    """Keeps the file up to date from now on, in this process.
 
     Args:
-        path: a file of two bytes.
+        where: a file of two bytes.
     """
-    from rlzoo.callbacks import TrainingPhase
 
-    with path.open("r+b") as file:
-        where = mmap.mmap(file.fileno(), 2)
-    phase, batch_end = Ledger.phase, TrainingPhase.on_train_batch_end
+    def __init__(self, where: str) -> None:
+        self.training = False
+        with Path(where).open("r+b") as file:
+            self.where = mmap.mmap(file.fileno(), 2)
+        if is_first():
+            HERE.listener = self.look
 
-    def mark(stack: list[str]) -> None:
-        where[0] = PHASES.index(phase_of(stack[0]) if stack else "between")
+    def look(self) -> None:
+        phase = phase_of(HERE.phases[0]) if HERE.phases else "between"
+        if phase == "training" and not self.training:
+            self.where[1] = 0
+        self.training = phase == "training"
+        self.where[0] = PHASES.index(phase)
 
-    @contextmanager
-    def marked_phase(ledger: Ledger, name: str) -> Iterator[None]:
-        with phase(ledger, name):
-            if name == "training":
-                where[1] = 0
-            mark(ledger._stack)
-            try:
-                yield
-            finally:
-                mark(ledger._stack[:-1])
-
-    def marked_batch_end(callback: TrainingPhase, *args: Any) -> None:
-        where[1] += 1
-        batch_end(callback, *args)
-
-    Ledger.phase, TrainingPhase.on_train_batch_end = marked_phase, marked_batch_end
-
-
-if __name__ == "__main__":
-    if is_first():
-        watch(Path(os.environ[WHERE]))
-    main()
+    def on_train_batch_end(self, *args: Any) -> None:
+        if is_first():
+            self.where[1] += 1

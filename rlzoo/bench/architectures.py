@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlzoo.bench._tiny_models import families, tiny_model
 from rlzoo.engines.base import Request, SamplingParams
@@ -140,7 +141,7 @@ def examine(name: str, kind: str, folder: Path) -> Row:
     return Row(name, kind, "works", attention, "cache" if cached else "whole passes", gap, note)
 
 
-def loader(folder: Path) -> tuple[partial[nn.Module], str]:
+def loader(folder: Path) -> tuple[partial[PreTrainedModel], str]:
     """A factory of the policy, with the default attention or the one that its refusal names."""
     try:
         load_policy(str(folder))
@@ -151,23 +152,23 @@ def loader(folder: Path) -> tuple[partial[nn.Module], str]:
     return partial(load_policy, str(folder)), "sdpa"
 
 
-def sequences_of(policy: nn.Module) -> RolloutBatch:
+def sequences_of(policy: PreTrainedModel) -> RolloutBatch:
     draw = torch.Generator().manual_seed(7)
     ids = [torch.randint(2, 60, (length,), generator=draw).tolist() for length in LENGTHS]
     return collate(as_rollouts(ids), Plan(list(range(len(ids))), torch.ones(len(ids)), 1.0), 1)
 
 
 @torch.no_grad()
-def own_logprobs(policy: nn.Module, ids: Sequence[int], temperature: float) -> Tensor:
+def own_logprobs(policy: PreTrainedModel, ids: Sequence[int], temperature: float) -> Tensor:
     """[S - 1] log-probs of every token but the first, by the model's own forward alone."""
     whole = torch.tensor([list(ids)])
     with mode(policy, training=False):
-        logits = policy(input_ids=whole, use_cache=False).logits[0, :-1].float()
+        logits: Tensor = policy(input_ids=whole, use_cache=False).logits[0, :-1].float()
     return (logits / temperature).log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
 
 
 @torch.no_grad()
-def scoring_gap(policy: nn.Module, batch: RolloutBatch) -> float:
+def scoring_gap(policy: PreTrainedModel, batch: RolloutBatch) -> float:
     scores = response_scores(policy.train(), batch, 0.8).logprobs
     gaps = []
     for row, length in enumerate(LENGTHS):
@@ -176,7 +177,7 @@ def scoring_gap(policy: nn.Module, batch: RolloutBatch) -> float:
     return max(gaps)
 
 
-def drawing_gap(policy: nn.Module, engine: TransformersEngine) -> float:
+def drawing_gap(policy: PreTrainedModel, engine: TransformersEngine) -> float:
     draw = torch.Generator().manual_seed(8)
     prompts = [tuple(torch.randint(2, 60, (n,), generator=draw).tolist()) for n in (3, 14, 8)]
     wanted = [Request(p, tuple(range(10 * i, 10 * i + 3))) for i, p in enumerate(prompts)]
@@ -189,7 +190,7 @@ def drawing_gap(policy: nn.Module, engine: TransformersEngine) -> float:
     return max(gaps)
 
 
-def check_norm(policy: nn.Module, batch: RolloutBatch) -> None:
+def check_norm(policy: PreTrainedModel, batch: RolloutBatch) -> None:
     """The closed form of GVM against autograd, at the head."""
     head, transform = policy.get_output_embeddings(), transform_of(policy)
     hidden = response_hidden(policy, batch).detach()
@@ -203,7 +204,11 @@ def check_norm(policy: nn.Module, batch: RolloutBatch) -> None:
 
 
 def check_training(
-    policy: nn.Module, batch: RolloutBatch, load: partial[nn.Module], folder: Path, attention: str
+    policy: PreTrainedModel,
+    batch: RolloutBatch,
+    load: partial[PreTrainedModel],
+    folder: Path,
+    attention: str,
 ) -> list[str]:
     """An update changes weights; what is exported, or resumed from a checkpoint, is the same.
 
@@ -239,7 +244,7 @@ def check_training(
     return idle
 
 
-def update(policy: nn.Module, batch: RolloutBatch, optimizer: torch.optim.Optimizer) -> None:
+def update(policy: PreTrainedModel, batch: RolloutBatch, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     (-response_scores(policy.train(), batch, 1.0).logprobs.mean()).backward()
     optimizer.step()

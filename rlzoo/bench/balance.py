@@ -16,11 +16,12 @@ sharded (ZeRO-3, FSDP):
     optimizer step, microbatch: the worst single one;
     padded: update phase in slots of padded microbatches, which is what is computed;
     attention: update phase, tokens of an S token sequence at cost 1 + S / 18,432 (width 1,536).
-The sampling phase has the tokens that a rank expects to draw and those it draws, the prompt of every
-piece included. `shipped` is rlzoo's way (`rlzoo.data.shares`, every response expected at the mean);
-for comparison `prompt means` expects of a prompt the mean of its 8 pilots, `single responses` has
-pieces of one response, and `whole groups` balances groups by their number of responses. What is left
-in `single responses` is the chance of single lengths, which nothing known beforehand evens out.
+The sampling phase has the tokens that a rank expects to draw and those it draws, the prompt of
+every piece included. `shipped` is rlzoo's way (`rlzoo.data.shares`, every response expected at the
+mean); for comparison `prompt means` expects of a prompt the mean of its 8 pilots, `single
+responses` has pieces of one response, and `whole groups` balances groups by their number of
+responses. What is left in `single responses` is the chance of single lengths, which nothing known
+beforehand evens out.
 The last line is JSON with
     slowest_over_mean: update phase, worst of all cases and seeds;
     optimizer_step_slowest_over_mean, microbatch_slowest_over_mean: the worst single ones;
@@ -150,15 +151,18 @@ def update_phase(rollouts: Rollouts, ranks: int, accumulate: int, updates: int) 
             tokens[rank, place] = mine.sum()
             padded[rank, place] = len(mine) * max(mine.tolist(), default=0)
             attention[rank, place] = (mine * (1 + mine / ATTENTION)).sum()
-    steps = tokens.unflatten(1, (updates, accumulate)).sum(2)  # [ranks, updates]
-    grouped = lambda loads: loads.unflatten(1, (updates, accumulate)).sum(2)  # noqa: E731
+
+    def by_update(loads: Tensor) -> Tensor:
+        return loads.reshape(ranks, updates, accumulate).sum(2)  # [ranks, updates]
+
+    steps = by_update(tokens)
     return {
         "update phase": waiting(steps),
         "rollout step": ratio(steps.sum(1)),
         "optimizer step": max(map(ratio, steps.T)),
         "microbatch": max(map(ratio, tokens.T)),
-        "padded": waiting(grouped(padded)),
-        "attention": waiting(grouped(attention)),
+        "padded": waiting(by_update(padded)),
+        "attention": waiting(by_update(attention)),
         "slots/token": float(padded.sum() / tokens.sum()),
     }
 

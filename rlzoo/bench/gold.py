@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlzoo.data.prompts import FilePrompts
-from rlzoo.rewards.math import Verdict, symbolic_verdict
+from rlzoo.rewards.base import Verdict
+from rlzoo.rewards.math import symbolic_verdict
 from rlzoo.rewards.verifier import VerifierPool
 
 GSM8K = {"question_column": "question", "answer_column": "answer", "answer_format": "hashes"}
@@ -59,7 +60,7 @@ def gold_answers(data: Path) -> dict[str, list[str]]:
 def mismatched_pairs(answers: dict[str, list[str]], count: int, seed: int) -> list[Pair]:
     """`count` pairs of unlike answers, each pair within one file, the files in turn."""
     rng = random.Random(seed)
-    pairs = []
+    pairs: list[Pair] = []
     files = list(answers)
     while len(pairs) < count:
         file = files[len(pairs) % len(files)]

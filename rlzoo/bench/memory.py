@@ -15,7 +15,8 @@ the formula of ZeRO (arXiv:1910.02054 section 3.1), for P parameters on N ranks:
 | zero3, fsdp | w P / N | g P / N | 8 P / N | 4 P / N, none under FSDP |
 
 w and g are bytes of an element: 4 in float32; under DeepSpeed's bf16-mixed w is 2, and g is 2 in
-stage 1, 4 in stages 2 and 3, which add microbatches up in float32. The paper has g P for zero1: so it is during the backward pass, but what is not a rank's own is freed before the step.
+stage 1, 4 in stages 2 and 3, which add microbatches up in float32. The paper has g P for zero1: so
+it is during the backward pass, but what is not a rank's own is freed before the step.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from typing import Any
 
 import lightning
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from rlzoo.learning.optimization import OptimizationModule
 from rlzoo.report.ledger import Ledger
@@ -104,7 +105,9 @@ class Measured(OptimizationModule):
         (tokens,) = batch
         if not self.seen:
             self.seen["weights"] = tensor_bytes() - self.before
-        return self.policy(input_ids=tokens, labels=tokens, use_cache=False).loss
+        assert self.policy is not None
+        loss: Tensor = self.policy(input_ids=tokens, labels=tokens, use_cache=False).loss
+        return loss
 
     def settle_update(self, norms: dict[str, float]) -> str | None:
         self.seen.setdefault("gradients", tensor_bytes() - self.before - self.seen["weights"])
@@ -120,11 +123,11 @@ class Data(lightning.LightningDataModule):
         super().__init__()
         self.ledger = Ledger()
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(TensorDataset(torch.arange(32).view(2, 16)), batch_size=2)
 
 
-def measure(name: str, folder: str, ranks: int, precision: str) -> dict[str, int]:
+def measure(name: str, folder: str, ranks: int, precision: Any) -> dict[str, int]:
     module = Measured(folder)
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -140,6 +143,7 @@ def measure(name: str, folder: str, ranks: int, precision: str) -> dict[str, int
     )
     trainer.fit(module, datamodule=Data())
     if name.startswith("zero"):  # what it sets aside from the start goes where it belongs
+        assert isinstance(trainer.strategy, DeepSpeed)
         optimizer = trainer.strategy.deepspeed_engine.optimizer
         buffer = getattr(optimizer, "grad_partitions_flat_buffer", torch.zeros(0))
         early = {
@@ -170,7 +174,7 @@ def make_model(folder: str, width: int, layers: int) -> int:
         num_key_value_heads=width // 64,
         tie_word_embeddings=False,
     )
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
 
@@ -187,26 +191,14 @@ def on_rank(arguments: argparse.Namespace) -> None:
 
 def launch(arguments: argparse.Namespace, name: str, folder: str, port: int) -> dict[str, int]:
     """Bytes on the fullest rank under a strategy, from fresh processes."""
-    command = [
-        sys.executable,
-        "-m",
-        "rlzoo.bench",
-        "memory",
-        "--strategy",
-        name,
-        "--folder",
-        folder,
-    ]
-    command += ["--ranks", str(arguments.ranks), "--precision", arguments.precision]
+    ranks = arguments.ranks
+    command = [sys.executable, "-m", "rlzoo.bench", "memory", "--strategy", name]
+    command += ["--folder", folder, "--ranks", str(ranks), "--precision", arguments.precision]
     processes = []
-    for rank in range(arguments.ranks):
-        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": arguments.ranks, "GROUP_RANK": 0}
+    for rank in range(ranks):
+        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "GROUP_RANK": 0}
         facts |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "bench"}
-        facts |= {
-            "LOCAL_WORLD_SIZE": arguments.ranks,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": 1,
-        }
+        facts |= {"LOCAL_WORLD_SIZE": ranks, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1}
         processes.append(
             subprocess.Popen(
                 [*command, "--rank", str(rank)],
@@ -219,7 +211,8 @@ def launch(arguments: argparse.Namespace, name: str, folder: str, port: int) -> 
     outputs = [process.communicate()[0] for process in processes]
     for line in outputs[0].splitlines():
         if line.startswith("MEASURED "):
-            return json.loads(line.removeprefix("MEASURED "))
+            sizes: dict[str, int] = json.loads(line.removeprefix("MEASURED "))
+            return sizes
     raise RuntimeError(f"{name} ended without a figure:\n{outputs[0][-2000:]}")
 
 
@@ -241,7 +234,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         count = make_model(folder, arguments.width, arguments.layers)
         print(
-            f"{count:,} parameters, {arguments.ranks} ranks, {arguments.precision}; MB on the fullest rank"
+            f"{count:,} parameters, {arguments.ranks} ranks, {arguments.precision};"
+            " MB on the fullest rank"
         )
         print(f"{'':7}" + "".join(f"{part:>12} {'formula':>9} {'ratio':>6}" for part in PARTS))
         for place, name in enumerate(strategies()):

@@ -2,9 +2,9 @@
 
 For each strategy, two processes train the shipped policy for eight rollout steps: once left alone,
 once with another seed as a control, and once killed by SIGKILL, all its processes at once, and
-resumed, until it has been killed `--kills` times. The moments are random, steered so that every phase
-of the ledger is hit: the parent looks where the run is (rlzoo/bench/_watched.py), lets a random time
-pass inside the phase that was hit least, and kills. The last line is JSON with
+resumed, until it has been killed `--kills` times. The moments are random, steered so that every
+phase of the ledger is hit: the parent looks where the run is (rlzoo/bench/_watched.py), lets a
+random time pass inside the phase that was hit least, and kills. The last line is JSON with
     kills: by strategy;
     equal: metrics.csv and ledger.csv (times aside), rollouts/ and budgets/ (byte by byte) and the
         final weights (bit by bit) of the killed run are those of the run left alone;
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import operator
 import os
 import random
 import shutil
@@ -28,17 +29,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rlzoo.bench._equal import equal_but_time
-from rlzoo.bench._watched import PHASES, WHERE, phase_of
+from rlzoo.bench._watched import PHASES, phase_of
 from rlzoo.launch.summary import read_metrics
 from rlzoo.models.checkpoints import whole_weights
 
+RUN = (sys.executable, "-m", "rlzoo.run")
 STRATEGIES = ("ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp")
 STEPS = 8  # rollout steps of a run, two an epoch
 RANKS, ACCUMULATE = 2, 2
@@ -63,6 +66,7 @@ AIMS = (*STEERED, HALF)
 MOST_IN_STARTING = 2  # such a kill costs a start and tells little
 ANYWHERE = 7  # every so many kills one is not steered
 LOOK = 0.0005  # seconds between two looks at where a run is
+Line = dict[str, Any]  # of one kill, or of one strategy
 PATIENCE = 900.0  # seconds after which a run counts as hung
 
 
@@ -81,11 +85,12 @@ class WatchedRun:
         self.folder = folder
         self.where = folder.with_suffix(".where")
         self.where.write_bytes(bytes(2))
+        watched = f"{{_target_: rlzoo.bench._watched.Watched, where: '{self.where}'}}"
         self.output = folder.with_suffix(".txt").open("a")
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlzoo.bench._watched", f"run_dir={folder}", *options],
-            env=os.environ | {"OMP_NUM_THREADS": "1", WHERE: str(self.where)},
+            [*RUN, f"run_dir={folder}", f"+callbacks.watched={watched}", *options],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=self.output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -253,9 +258,7 @@ def seconds_of(row: dict[str, str], phase: str) -> float:
 # --- one strategy -------------------------------------------------------------------------------
 
 
-def study(
-    strategy: str, root: Path, kills: int, seed: int, note: Callable[[dict], None]
-) -> dict[str, object]:
+def study(strategy: str, root: Path, kills: int, seed: int, note: Callable[[Line], None]) -> Line:
     """Runs one strategy; `note` is told of every kill as it comes."""
     options = (*OPTIONS, f"strategy={strategy}")
     whole, control, killed = (
@@ -263,7 +266,9 @@ def study(
     )
     lengths = lengths_of_run(whole, options)
     run_to_the_end(control, (*options, "seed=1"))
-    rng, hits, misses = random.Random(f"{seed}/{strategy}"), Counter(), Counter()
+    rng = random.Random(f"{seed}/{strategy}")
+    hits: Counter[str] = Counter()
+    misses: Counter[str | None] = Counter()
     for i in range(kills):
         done = boundaries(killed)
         aimed = None if i % ANYWHERE == ANYWHERE - 1 else choose(hits, done, rng)
@@ -272,7 +277,7 @@ def study(
         hit = kill_once(killed, options, aimed, delay, i * (STEPS - 2) // kills)
         if hit is None:
             break
-        hits.update({hit.phase, hit.saved} - {None})
+        hits.update({hit.phase, hit.saved or hit.phase})
         misses[aimed] += aimed not in (None, hit.phase, hit.saved)
         note({"strategy": strategy, "kill": i + 1, **asdict(hit)})
     run_to_the_end(killed, (*options, "ckpt_path=auto"))
@@ -300,20 +305,18 @@ def compare(folder: Path, other: Path) -> list[str]:
         for difference in equal_but_time(folder / name, other / name)
     ]
     for name in ("rollouts", "budgets"):
-        ours, theirs = ({p.name: p for p in (d / name).iterdir()} for d in (folder, other))
-        found += [f"{name}/{file}: in one run only" for file in sorted(ours.keys() ^ theirs.keys())]
-        found += [
-            f"{name}/{file}: differs"
-            for file in sorted(ours.keys() & theirs.keys())
-            if ours[file].read_bytes() != theirs[file].read_bytes()
-        ]
-    ours, theirs = (weights(run_dir) for run_dir in (folder, other))
-    found += [f"weights: {name} in one run only" for name in sorted(ours.keys() ^ theirs.keys())]
-    return found + [
-        f"weights: {name} differs"
-        for name in sorted(ours.keys() & theirs.keys())
-        if not torch.equal(ours[name], theirs[name])
-    ]
+        files = [{p.name: p.read_bytes() for p in (d / name).iterdir()} for d in (folder, other)]
+        found += [f"{name}/{said}" for said in unlike(files, operator.eq)]
+    tensors = [weights(run_dir) for run_dir in (folder, other)]
+    return found + [f"weights: {said}" for said in unlike(tensors, torch.equal)]
+
+
+def unlike(runs: Sequence[Mapping[str, Any]], equal: Callable[[Any, Any], bool]) -> list[str]:
+    """Of two runs, names that only one has, then those whose values differ."""
+    ours, theirs = runs
+    missing = [f"{name}: in one run only" for name in sorted(ours.keys() ^ theirs.keys())]
+    common = sorted(ours.keys() & theirs.keys())
+    return missing + [f"{n}: differs" for n in common if not equal(ours[n], theirs[n])]
 
 
 def control_differs(control: Path, whole: Path) -> bool:
@@ -347,9 +350,9 @@ def main(argv: list[str]) -> None:
     root = args.run_root or Path(tempfile.mkdtemp(prefix="rlzoo-resume-"))
     root.mkdir(parents=True, exist_ok=True)
     root = root.resolve()
-    lines: list[dict] = []
+    lines: list[Line] = []
 
-    def note(line: dict) -> None:
+    def note(line: Line) -> None:
         lines.append(line)
         if args.results:
             with args.results.open("a") as file:
@@ -366,7 +369,7 @@ def main(argv: list[str]) -> None:
     print(json.dumps(headline(lines)))
 
 
-def print_table(studies: list[dict]) -> None:
+def print_table(studies: list[Line]) -> None:
     print(f"{'':15}" + "".join(f"{found['strategy']:>17}" for found in studies))
     for key in ("kills", "equal", "control_differs"):
         print(f"{key:15}" + "".join(f"{found[key]!s:>17}" for found in studies))
@@ -374,7 +377,7 @@ def print_table(studies: list[dict]) -> None:
         print(f"{phase:15}" + "".join(f"{found['phases'][phase]:>17}" for found in studies))
 
 
-def headline(lines: list[dict]) -> dict[str, object]:
+def headline(lines: list[Line]) -> dict[str, object]:
     """The figures of all strategies together."""
     studies = [line for line in lines if "equal" in line]
     kills = [line for line in lines if "kill" in line]

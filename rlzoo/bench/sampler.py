@@ -5,7 +5,7 @@ one alone. Policies: the tiny one that ships with rlzoo, and a random Qwen2 of 5
 rollout step here is 256 prompts with budgets of 1 to 16 responses. The last line is JSON with
     logprob_gap_max_tied, logprob_gap_max_untied: largest |vLLM - trainer| log-prob after each of 20
         random weight syncs, nats, float32;
-    sync_share: seconds of one weight sync of the 50M policy over those of a rollout step's sampling;
+    sync_share: seconds of a weight sync of the 50M policy over those of a rollout step's sampling;
     ragged_over_padded_seconds, ragged_over_padded_tokens: sampling by budget over sampling 16
         responses of every prompt, with vLLM and the tiny policy;
     memory_growth: of the process, from the fifth to the fiftieth cycle of sync and draw, share;
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -156,16 +157,22 @@ def speed(policy: PreTrainedModel, engine: Engine, size: str) -> dict[str, float
     seconds: dict[str, list[float]] = {name: [] for name in (*budgets, "sync", "copy")}
     tokens, responses = {}, {}
     target = [parameter.detach().clone() for parameter in policy.parameters()]
+
+    def draw(sizes: np.ndarray, stream: int) -> list[list[Response]]:
+        return engine.generate(requests(sizes, vocabulary, stream), params, 0)
+
+    def copy() -> None:
+        for to, parameter in zip(target, policy.parameters(), strict=True):
+            to.copy_(parameter.data)
+
     for repeat in range(REPEATS[size]):
         for name, sizes in budgets.items():
-            took, drawn = timed(
-                lambda sizes=sizes: engine.generate(requests(sizes, vocabulary, repeat), params, 0)
-            )
+            took, drawn = timed(partial(draw, sizes, repeat))
             seconds[name].append(took)
             tokens[name], responses[name] = tokens_of(drawn), sum(map(len, drawn))
             took, _ = timed(lambda: engine.load_weights(policy.named_parameters(), 0))
             seconds["sync"].append(took)
-            took, _ = timed(lambda: [t.copy_(p.data) for t, p in zip(target, policy.parameters())])
+            took, _ = timed(copy)
             seconds["copy"].append(took)
     mid = {name: median(values) for name, values in seconds.items()}
     gigabytes = sum(p.numel() * p.element_size() for p in policy.parameters()) / 1e9

@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
-from rlzoo.rewards.math import Verdict
+from rlzoo.rewards.base import Verdict
 from rlzoo.rewards.verifier import VerifierPool
 
 Pair = tuple[str, str]  # gold answer, response (from a Kind: an equal answer, spelt otherwise)

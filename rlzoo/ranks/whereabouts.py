@@ -3,7 +3,7 @@ a count that moves on with either. A run that stands still says so by this (`Ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -14,25 +14,28 @@ class Whereabouts:
         count: moves on with every phase, exchange and unit of work done.
         exchanges: exchanges between ranks begun so far.
         exchange: what the process waits for the others in; "" where it does not.
+        listener: called whenever a phase begins or ends, or a unit of work is done.
     """
 
     def __init__(self) -> None:
         self.count = self.exchanges = 0
         self.exchange = ""
         self.phases: list[str] = []
+        self.listener: Callable[[], None] = lambda: None
 
     def moved(self) -> None:
         self.count += 1
+        self.listener()
 
     @contextmanager
     def inside(self, phase: str) -> Iterator[None]:
         self.phases.append(phase)
-        self.count += 1
+        self.moved()
         try:
             yield
         finally:
             self.phases.pop()
-            self.count += 1
+            self.moved()
 
     @contextmanager
     def waiting(self, exchange: str) -> Iterator[None]:
