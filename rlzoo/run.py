@@ -117,10 +117,7 @@ def what_stands(cfg: DictConfig) -> str:
 
 
 def interrupted(cfg: DictConfig) -> None:
-    print(
-        f"\nInterrupted. {what_stands(cfg)} {go_on(cfg)}",
-        file=sys.stderr,
-    )
+    print(f"\nInterrupted. {what_stands(cfg)} {go_on(cfg)}", file=sys.stderr)
     sys.exit(INTERRUPTED)
 
 

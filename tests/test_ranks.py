@@ -110,7 +110,6 @@ class Clock:
 @pytest.mark.parametrize(
     "variables, devices, nodes, words",
     [
-        ({}, 0, 1, ["trainer.devices", "got 0"]),
         (TORCHRUN, 1, 1, ["torchrun started 2", "devices=1", "--nproc-per-node"]),
         (TORCHRUN, 1, 2, ["2 of them on this machine", "num_nodes=2"]),
         (TASK, 2, 1, ["SLURM has 2 tasks, 1 on each of 2", "devices=2", "trainer=slurm"]),

@@ -161,14 +161,11 @@ def _misfit_message(
     if isinstance(error, MissingConfigException):
         return _missing_option_message(error, parsed)
     culprits = [override for override in parsed if f"'{override.key_or_group}'" in str(error)]
-    if isinstance(error, ConfigCompositionException) and culprits and _changes(culprits[0]):
-        return _unknown_key_message(culprits[0], config_name, parsed)
+    if isinstance(error, ConfigCompositionException) and culprits:
+        if not (culprits[0].is_add() or culprits[0].is_force_add()):
+            return _unknown_key_message(culprits[0], config_name, parsed)
     given = " ".join(overrides)
     return f"The configuration {config_name!r} cannot be composed from {given!r}: {one_line(error)}"
-
-
-def _changes(override: Override) -> bool:
-    return not (override.is_add() or override.is_force_add())
 
 
 def _missing_option_message(error: MissingConfigException, parsed: Sequence[Override]) -> str:

@@ -190,7 +190,7 @@ def asked(overrides: Sequence[str] | None) -> Iterator[tuple[str, Any, bool]]:
 
     Null, false and 0 ask for nothing.
     """
-    here = list(overrides_given() if overrides is None else overrides)
+    here = overrides_given() if overrides is None else overrides
     parsed = [OverridesParser.create().parse_override(text) for text in here]
     given = dict(
         leaf

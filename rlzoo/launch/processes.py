@@ -16,20 +16,24 @@ STORE_TIMEOUT = 120.0  # seconds for torchrun's processes to meet
 
 def is_first() -> bool:
     """Whether this process will be rank 0, from what its launcher says."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if name in os.environ and (name == "RANK" or in_slurm_step()):
-            return os.environ[name] == "0"
+    if (rank := launchers_rank()) is not None:
+        return rank == "0"
     return all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK"))
+
+
+def launchers_rank() -> str | None:
+    """The rank that torchrun or SLURM gave this process; None under Lightning's own launcher."""
+    if "RANK" in os.environ:
+        return os.environ["RANK"]
+    return os.environ["SLURM_PROCID"] if in_slurm_step() else None
 
 
 def log_name() -> str:
     """File name of this process's log: log.txt of rank 0, log.rankN.txt or log.nodeN.rankM.txt."""
     if is_first():
         return "log.txt"
-    if "RANK" in os.environ:
-        return f"log.rank{os.environ['RANK']}.txt"
-    if in_slurm_step():
-        return f"log.rank{os.environ['SLURM_PROCID']}.txt"
+    if (rank := launchers_rank()) is not None:
+        return f"log.rank{rank}.txt"
     node, local = (os.environ.get(name, "0") for name in ("NODE_RANK", "LOCAL_RANK"))
     return f"log.node{node}.rank{local}.txt" if node != "0" else f"log.rank{local}.txt"
 
@@ -103,21 +107,15 @@ def check_processes(trainer: DictConfig, sweep: bool) -> None:
     """What is known to go wrong with processes and devices, before any of them is started.
 
     Args:
-        trainer: the configuration's.
+        trainer: the configuration's, whose values `check_settings` has seen.
         sweep: whether this process runs the jobs of a sweep, one after the other.
 
     Raises:
-        UserError: no count, devices that do not exist, a world of another size than the
-            launcher's, a port in use, or a sweep whose jobs would each start the whole sweep again.
+        UserError: devices that do not exist, a world of another size than the launcher's, a port
+            in use, or a sweep whose jobs would each start the whole sweep again.
     """
     import torch
 
-    from rlzoo.launch.trainer_keys import ARGUMENTS
-    from rlzoo.values import misfit
-
-    for key in ("devices", "num_nodes"):
-        if (problem := misfit(ARGUMENTS[key], trainer[key])) is not None:
-            raise UserError(f"trainer.{key} {problem}")
     devices, size = trainer.devices, trainer.devices * trainer.num_nodes
     if trainer.accelerator in ("gpu", "cuda") and torch.cuda.device_count() < devices:
         raise UserError(

@@ -96,7 +96,6 @@ class Absent:
 
 
 ABSENT = Absent()
-Differences = dict[str, tuple[Any, Any]]
 
 
 # --- what a checkpoint records ------------------------------------------------------------------
@@ -163,11 +162,13 @@ def check_changes(
     held = ("fixed", "weights") if exact else ("fixed",)
     refused = {key: found[key] for key, kind in kinds.items() if kind in held}
     lines = [f"  {key}: {show(old)} -> {show(new)}" for key, (old, new) in refused.items()]
+    movable = "fixed" not in kinds.values()  # by resume=weights
     model = model_fingerprint(cfg.model.path)
     if model and before["model"] and model != before["model"]:
         lines.append(f"  the model at model.path={cfg.model.path} is not the one of then")
+        movable = False
     if lines:
-        raise UserError(refusal(checkpoint, lines, exact, all_movable(kinds, lines)))
+        raise UserError(refusal(checkpoint, lines, exact, movable))
     rounding = [
         f"{key}: {show(found[key][0])} -> {show(found[key][1])}"
         for key, kind in kinds.items()
@@ -176,11 +177,6 @@ def check_changes(
     if not rounding or not exact:
         return []
     return [f"Resumed with {', '.join(rounding)}: the same run up to rounding, not to the digit."]
-
-
-def all_movable(kinds: Mapping[str, str], lines: Sequence[str]) -> bool:
-    """Whether resume=weights would take all that is refused."""
-    return "fixed" not in kinds.values() and not any("the model at" in line for line in lines)
 
 
 def refusal(checkpoint: Path, lines: Sequence[str], exact: bool, movable: bool) -> str:
@@ -202,7 +198,7 @@ def kind_of_key(key: str) -> str:
 
 def differences(
     before: dict[str, Any], cfg: DictConfig, given_before: Sequence[str], given_now: Sequence[str]
-) -> Differences:
+) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ. One that follows another (`${...}`) is left to that one.
 
     A key that only one of them has counts if an override of its side names it; else it is a key

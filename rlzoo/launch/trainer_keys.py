@@ -15,13 +15,8 @@ from lightning import Trainer
 
 from rlzoo.values import AtLeast1, NonNegative, Refused, Says, fits, refuses
 
-READ = (
-    "strategy",
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "accumulate_grad_batches",
-)  # by rlzoo too
+# What rlzoo reads too.
+READ = ("strategy", "accelerator", "devices", "num_nodes", "accumulate_grad_batches")
 LIMIT = "It ends a run without closing it: use limits.max_responses, max_updates, max_seconds"
 BOUNDARY = "It does nothing here, for rlzoo validates at boundaries: use val_every"
 ROLLOUTS = "It does nothing here: data.* and datamodule.* say how much is trained on"
