@@ -217,19 +217,12 @@ def whole_weights_of(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     return merged(named, lora["alpha"] / lora["r"]) if lora else gathered(named.items())
 
 
-def save_adapter(policy: PreTrainedModel, folder: Path, keep: bool) -> None:
-    """Writes the adapters alone, as peft does: `PeftModel.from_pretrained(base, folder)`.
+def adapter_weights(policy: PreTrainedModel, keep: bool) -> dict[str, Tensor]:
+    """The adapters, whole, by peft's names; none of a policy without.
 
     Args:
-        keep: whether this rank writes; collective, so that the others walk along.
+        keep: whether this rank needs them; collective, so that the others walk along.
     """
-    state = adapter_weights(policy, keep)
-    if keep:
-        write_adapter(policy, folder, state)
-
-
-def adapter_weights(policy: PreTrainedModel, keep: bool) -> dict[str, Tensor]:
-    """The adapters, whole, by peft's names; none of a policy without. Collective, as above."""
     adapters = ((n, p) for n, p in policy.named_parameters() if is_adapter(n))
     return {
         f"base_model.model.{name.replace(f'.{NAME}.', '.')}": tensor.detach().cpu().contiguous()
@@ -239,5 +232,6 @@ def adapter_weights(policy: PreTrainedModel, keep: bool) -> dict[str, Tensor]:
 
 
 def write_adapter(policy: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:
+    """The adapters alone, as peft does: `PeftModel.from_pretrained(base, folder)` reads them."""
     policy.peft_config[NAME].save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
