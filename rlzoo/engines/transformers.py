@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -97,12 +96,6 @@ class TransformersEngine:
     def wake(self) -> None:
         self.model.to(self.device)
         self.asleep = False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # weights come with the first sync, noise is counter-based
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
     def close(self) -> None:
         pass

@@ -209,12 +209,6 @@ class VLLMEngine:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # weights come with the first sync, every response has its own seed
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
     # --- weights ----------------------------------------------------------------------------
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

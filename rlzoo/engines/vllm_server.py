@@ -213,12 +213,6 @@ class VLLMServerEngine:
             self._private.close()
             self._private = None
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
     # --- weights ----------------------------------------------------------------------------
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
