@@ -1,9 +1,45 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+
+if TYPE_CHECKING:  # pytest's own process, which runs no tests, does without
+    from transformers import Qwen2ForCausalLM
 
 VOCABULARY = 40
-torch.set_num_threads(1)  # what is computed here is so small that a second thread costs more
+DEAREST = (  # files of ten seconds and more, so that the two processes end together
+    "test_runs.py",
+    "test_resume.py",
+    "test_steps.py",
+    "test_rank_failures.py",
+    "test_multinode.py",
+    "test_vllm_server.py",
+    "test_vllm_runs.py",
+    "test_verifier.py",
+    "test_ends.py",
+    "test_resume_changes.py",
+    "test_vllm_ranks.py",
+    "test_idle_options.py",
+    "test_slurm.py",
+    "test_configs.py",
+    "test_lora.py",
+    "test_two_ranks.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Dear files come first, whole."""
+    place = {name: i for i, name in enumerate(DEAREST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """What is computed here is so small that a second thread costs more."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def make_tiny_model(
@@ -11,6 +47,9 @@ def make_tiny_model(
 ) -> Qwen2ForCausalLM:
     """A random two-layer policy; at the default spread of weights its outputs are far from uniform.
     vLLM's CPU kernels take heads of 32 dimensions, so a width of 64."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from rlzoo.engines.base import weights_checksum
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.models.gather import gathered
+from tests import forked
 from tests.conftest import make_tiny_model
 
 
@@ -29,7 +29,7 @@ def sync_on_a_rank(rank: int, folder: str) -> None:
 
 
 def test_each_rank_holds_half_and_its_engine_gets_all(tmp_path: Path):
-    mp.start_processes(sync_on_a_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    forked.on_ranks(sync_on_a_rank, (str(tmp_path),), 2)
     whole = make_tiny_model(seed=3)
     size = sum(parameter.numel() for parameter in whole.parameters())
     for rank in range(2):

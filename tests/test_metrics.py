@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from rlzoo.errors import UserError
 from rlzoo.learning.metrics import PassMetrics, WeightedMeans
+from tests import forked
 
 KS = (1, 2, 4, 8)
 
@@ -162,7 +162,7 @@ def compute_on_a_rank(rank: int, folder: str) -> None:
 
 def test_two_processes_reduce_to_the_same_figures_when_one_has_no_data(tmp_path: Path):
     # Spawned: a fork of a process that has run threads may wait for one of them for ever.
-    mp.start_processes(compute_on_a_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    forked.on_ranks(compute_on_a_rank, (str(tmp_path),), 2)
     expected = brute_force(*ragged_groups())
     for rank in range(2):
         passes, means = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

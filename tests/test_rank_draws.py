@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rlzoo.data.draw import Drawer
 from rlzoo.engines.base import SamplingParams
@@ -17,6 +16,7 @@ from rlzoo.report.ledger import Ledger
 from rlzoo.report.progress import Bars
 from rlzoo.rewards.base import Scores
 from rlzoo.types import Prompt
+from tests import forked
 from tests.conftest import make_tiny_model
 
 BUDGETS = [3, 1, 40, 0, 2, 5, 1, 8]  # one prompt has two thirds
@@ -77,7 +77,7 @@ def draw_on_a_rank(rank: int, folder: str) -> None:
 def by_size(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[dict]]]:
     """By number of ranks, then rank, then stream."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(draw_on_a_rank, (str(folder),), nprocs=4, start_method="spawn")
+    forked.on_ranks(draw_on_a_rank, (str(folder),), 4)
     load = lambda size, rank: torch.load(folder / f"{size}_{rank}.pt", weights_only=True)  # noqa: E731
     return {1: [drawn()]} | {size: [load(size, rank) for rank in range(size)] for size in (2, 4)}
 

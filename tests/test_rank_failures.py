@@ -2,14 +2,13 @@
 
 import re
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from rlzoo.launch.summary import read_metrics
+from tests.forked import Program, Ranks
 from tests.test_runs import SMALL, assert_same_run, finish, run, start, wait_for
 
 TWO_RANKS = (
@@ -24,18 +23,18 @@ BAR = 60.0  # seconds that a rank may outlive another one
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two ranks, uninterrupted."""
+    """The run of two ranks, uninterrupted, of which Lightning started the second."""
     run_dir = tmp_path_factory.mktemp("ranks") / "reference"
-    run(run_dir, *TWO_RANKS)
+    finish(start(run_dir, *TWO_RANKS))
     return run_dir
 
 
 def test_two_ranks_told_to_stop_save_and_the_resumed_run_is_the_same(reference, tmp_path):
     run_dir = tmp_path / "told"
-    process = start(run_dir, *TWO_RANKS)
-    wait_for(run_dir / "rollouts" / "step_000000.parquet", process)
-    process.send_signal(signal.SIGTERM)
-    output = finish(process, expected=143)
+    ranks = Ranks("rlzoo.run", [f"run_dir={run_dir}", *TWO_RANKS], tmp_path / "told.txt")
+    wait_for(run_dir / "rollouts" / "step_000000.parquet", ranks)
+    ranks.programs[0].send_signal(signal.SIGTERM)  # which has to tell the other one
+    output = finish(ranks, expected=143)
     assert "SIGTERM: saved. Go on with" in output and "ckpt_path=last" in output
     assert "Traceback" not in output
     ended = read_metrics(run_dir / "metrics.csv")
@@ -46,23 +45,31 @@ def test_two_ranks_told_to_stop_save_and_the_resumed_run_is_the_same(reference, 
     assert_same_run(run_dir, reference)  # to the row: stopping has validated nothing
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_ends_the_other_one_which_names_it(victim, tmp_path):
+def test_when_the_first_rank_is_killed_the_one_it_launched_ends_and_names_it(tmp_path):
     run_dir = tmp_path / "killed"
     process = start(run_dir, *TWO_RANKS)
     wait_for(run_dir / "rollouts" / "step_000000.parquet", process)
     ranks = [psutil.Process(process.pid), launched_by(process)]
-    ranks[victim].send_signal(signal.SIGKILL)
-    killed_at = time.monotonic()
-    output, _ = process.communicate(timeout=BAR)  # until the last of them closes its output
-    psutil.wait_procs(ranks, timeout=BAR)
-    assert time.monotonic() - killed_at < BAR
-    assert not any(rank.is_running() for rank in ranks)
-    assert process.returncode == (70 if victim else -signal.SIGKILL)
-    assert re.search(rf"rlzoo: rank {victim} \(.*, process {ranks[victim].pid}\) is gone\.", output)
+    process.send_signal(signal.SIGKILL)
+    _, left = psutil.wait_procs(ranks, timeout=BAR)
+    assert not left
+    assert re.search(
+        rf"rlzoo: rank 0 \(.*, process {process.pid}\) is gone\.", process.said.read_text()
+    )
 
 
-def launched_by(process: subprocess.Popen) -> psutil.Process:
+def test_when_another_rank_is_killed_the_first_ends_and_names_it(tmp_path):
+    run_dir = tmp_path / "killed"
+    ranks = Ranks("rlzoo.run", [f"run_dir={run_dir}", *TWO_RANKS], tmp_path / "killed.txt")
+    wait_for(run_dir / "rollouts" / "step_000000.parquet", ranks)
+    first, victim = ranks.programs
+    victim.send_signal(signal.SIGKILL)
+    assert first.wait(timeout=BAR) == 70
+    said = first.said.read_text()
+    assert re.search(rf"rlzoo: rank 1 \(.*, process {victim.pid}\) is gone\.", said)
+
+
+def launched_by(process: Program) -> psutil.Process:
     """Rank 1, which Lightning started from rank 0."""
     (child,) = [
         child for child in psutil.Process(process.pid).children() if "rlzoo.run" in child.cmdline()

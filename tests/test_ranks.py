@@ -3,8 +3,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,8 @@ from torch.distributed import TCPStore
 from rlzoo.errors import UserError
 from rlzoo.launch import processes as ranks
 from rlzoo.launch.processes import check_processes, cluster_plugins, is_first, log_name, run_name
+from tests.forked import Program, Ranks
 
-ROOT = Path(__file__).parents[1]
 LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "MASTER_", "RLZOO_RUN_NAME", "NODE_RANK", "GROUP_RANK")
 LAUNCHERS += ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
 
@@ -140,25 +138,19 @@ def test_a_world_of_the_launchers_size_is_accepted(monkeypatch, variables):
     check_processes(OmegaConf.create(trainer | {"accelerator": "cpu"}), sweep=False)
 
 
-def rlzoo(*arguments: str, cwd: Path, launcher: tuple[str, ...] = (), **variables: str):
-    """A program as a user starts it, and what it said."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "rlzoo.run", *arguments],
-        cwd=cwd,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
+def rlzoo(*arguments: str, cwd: Path, **variables: str) -> tuple[int, str]:
+    """The exit code of a program in a process of its own, and what it said."""
+    environment = os.environ | variables
+    program = Program("rlzoo.run", arguments, cwd / "said.txt", cwd=cwd, variables=environment)
+    output, _ = program.communicate(timeout=240)
+    return program.returncode, output
 
 
 def refused(*arguments: str, cwd: Path, **variables: str) -> str:
-    done = rlzoo(*arguments, cwd=cwd, **variables)
-    assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
+    code, output = rlzoo(*arguments, cwd=cwd, **variables)
+    assert code == 2 and "Traceback" not in output, output
     assert not list(cwd.rglob("config.yaml"))  # nothing was begun
-    return done.stdout
+    return output
 
 
 def test_a_port_that_another_program_listens_on_is_named(tmp_path):
@@ -186,18 +178,18 @@ def test_several_machines_under_lightnings_own_launcher_must_be_given_a_director
 
 
 def test_torchruns_count_of_processes_is_compared_with_the_configurations(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = rlzoo("run_dir=run", cwd=tmp_path, launcher=launcher)
-    assert done.returncode != 0
-    assert "rlzoo: torchrun started 2 processes, 2 of them on this machine" in done.stdout
+    ranks = Ranks("rlzoo.run", [f"run_dir={tmp_path / 'run'}"], tmp_path / "said.txt")
+    assert ranks.wait(timeout=240) == 2
+    said = "rlzoo: torchrun started 2 processes, 2 of them on this machine"
+    assert ranks.communicate()[0].count(said) == 2
 
 
 def test_a_sweep_of_runs_of_one_process_gives_each_a_directory(tmp_path):
     small = ("num_threads=1", "data.num_train=16", "data.num_val=2", "sampler=uniform")
     small += ("datamodule.prompts_per_epoch=4", "datamodule.responses_per_prompt=4")
     small += ("datamodule.responses_per_step=16", "limits.max_responses=16")
-    done = rlzoo("--multirun", "seed=0,1", *small, "hydra.sweep.dir=sweep", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
+    code, output = rlzoo("--multirun", "seed=0,1", *small, "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert code == 0, output
     jobs = sorted((tmp_path / "sweep").glob("*seed=*"))
     assert [f"seed: {i}\n" in (job / "config.yaml").read_text() for i, job in enumerate(jobs)] == [
         True,

@@ -2,8 +2,9 @@
 kills two processes under every strategy, twenty times each."""
 
 import gc
-import multiprocessing
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from lightning import Callback, LightningModule
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlzoo.bench._watched import WHERE
 from rlzoo.bench.resume import (
     OPTIONS,
     WatchedRun,
     boundaries,
     compare,
-    run_to_the_end,
     save_state,
 )
 from rlzoo.callbacks.preemption import Preempted
@@ -30,9 +31,10 @@ from rlzoo.launch.configuration import conf_dir
 from rlzoo.launch.summary import read_metrics
 from rlzoo.launch.training import train
 from rlzoo.models.policy import load_policy
+from tests.forked import SERVER, Ranks
 from tests.test_runs import run
 
-STEPS = 6
+STEPS = 4
 SINGLE = (*OPTIONS, f"limits.max_responses={STEPS * 48}", "trainer.devices=1", "logger=csv")
 SHORT = (*OPTIONS, "limits.max_responses=192", "strategy=deepspeed_zero2")  # four rollout steps
 TRIES = 3  # a kill that comes a moment late is tried again
@@ -45,8 +47,26 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+class ForkedRun(WatchedRun):
+    """With ranks that start as torchrun's do, their imports behind them."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder, self.began = folder, time.monotonic()
+        self.where = folder.with_suffix(".where")
+        self.where.write_bytes(bytes(2))
+        variables = os.environ | {WHERE: str(self.where)}
+        arguments, said = [f"run_dir={folder}", *options], folder.with_suffix(".txt")
+        self.process = Ranks("rlzoo.bench._watched", arguments, said, variables=variables)
+        self.output = said.open()
+
+
+def run_to_the_end(run_dir: Path, options: tuple[str, ...]) -> None:
+    with ForkedRun(run_dir, *options) as run:
+        run.finish()
+
+
 def kill_when(run_dir: Path, condition: Callable[[WatchedRun], bool]) -> WatchedRun:
-    with WatchedRun(run_dir, *SHORT, "ckpt_path=auto") as run:
+    with ForkedRun(run_dir, *SHORT, "ckpt_path=auto") as run:
         assert run.wait_for(lambda: condition(run)), "the run ended first"
         run.kill()
     return run
@@ -131,8 +151,7 @@ def train_whole_and_in_pieces(folder: Path) -> None:
 
 def test_a_run_stopped_at_every_boundary_ends_as_one_left_alone(tmp_path):
     """Every resume is of a checkpoint that a resumed run has saved, inside epochs and between."""
-    context = multiprocessing.get_context("spawn")  # training sets much that is global
-    process = context.Process(target=train_whole_and_in_pieces, args=(tmp_path,))
+    process = SERVER.Process(target=train_whole_and_in_pieces, args=(tmp_path,))
     process.start()
     process.join(240)
     assert process.exitcode == 0

@@ -2,10 +2,7 @@
 
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import hydra
@@ -18,6 +15,7 @@ from rlzoo.launch.run_dir import claim, find_checkpoint
 from rlzoo.launch.training import build
 from rlzoo.report.progress import Bars
 from rlzoo.run import explain
+from tests.test_runs import finish, start
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "rlzoo" / "models" / "tiny"
@@ -43,12 +41,9 @@ def fail(*overrides: str) -> str:
 
 
 def test_a_mistake_costs_exit_code_2_and_no_stack_trace(tmp_path):
-    command = [sys.executable, "-m", "rlzoo.run", f"run_dir={tmp_path}", "sampler.allocator.beta=1"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "sampler.allocator.beta must be at least 2, got 1" in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    output = finish(start(tmp_path / "run", "sampler.allocator.beta=1"), expected=2)
+    assert "sampler.allocator.beta must be at least 2, got 1" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rlzoo.algos import RAFT, PolicyAlgorithm
 from rlzoo.callbacks import RankWatch, rank_watch
@@ -19,6 +18,7 @@ from rlzoo.learning.losses import LossOutput
 from rlzoo.ranks.exchange import all_gather
 from rlzoo.report.ledger import Ledger
 from rlzoo.types import RolloutBatch, Rollouts
+from tests import forked
 from tests.recorded import recorded_rollouts
 from tests.test_sft import rank_gradient, rank_loss
 from tests.zoo import NAMES, build, gradient
@@ -125,7 +125,7 @@ def compute_on_a_rank(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
     """By rank, the averaged gradients and what was logged."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(compute_on_a_rank, (str(folder),), nprocs=2, start_method="spawn")
+    forked.on_ranks(compute_on_a_rank, (str(folder),), 2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from rlzoo.launch.summary import read_metrics
-from tests.test_runs import UNIFORM, finish, run, start, summary_of
+from tests.test_runs import UNIFORM, finish, run, start, start_anew, summary_of
 
 pytestmark = pytest.mark.vllm
 VLLM = (*UNIFORM, "engine=vllm", "engine.kv_cache_gb=0.25", "limits.max_responses=96")
@@ -43,7 +43,7 @@ def orphaned_memory() -> set[str]:
 
 def test_a_run_is_quiet_agrees_with_its_engine_and_leaves_nothing_running(tmp_path):
     before = orphaned_memory()
-    process = start(tmp_path / "run", *VLLM)
+    process = start_anew(tmp_path / "run", *VLLM)
     group = {process.pid, *(child.pid for child in psutil.Process(process.pid).children())}
     output = finish(process)
     assert "Engine and trainer agree" in output
@@ -63,7 +63,7 @@ def test_a_run_is_quiet_agrees_with_its_engine_and_leaves_nothing_running(tmp_pa
 def test_an_engine_that_fails_in_a_draw_leaves_a_checkpoint_to_go_on_from(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILS_IN_THE_MIDDLE)
-    output = finish(start(tmp_path / "run", *VLLM, program=(str(script),)), expected=2)
+    output = finish(start(tmp_path / "run", *VLLM, program=str(script)), expected=2)
     assert "ZeroDivisionError" in output
     run(tmp_path / "run", *VLLM, "ckpt_path=last")
     assert summary_of(tmp_path / "run")["responses"] == 96

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rlzoo.engines.vllm import VLLMEngine
+from tests import forked
 from tests.engines.test_vllm import EOS, PARAMS, gaps, make_policy, requests
 
 pytestmark = pytest.mark.vllm
@@ -46,7 +46,7 @@ def draw_on_a_rank(rank: int, folder: str, tensor_parallel: int) -> None:
 def test_two_ranks_with_an_engine_each_or_one_together(tmp_path: Path, tensor_parallel: int):
     make_policy().save_pretrained(tmp_path)
     arguments = (str(tmp_path), tensor_parallel)
-    mp.start_processes(draw_on_a_rank, arguments, nprocs=2, start_method="spawn")
+    forked.on_ranks(draw_on_a_rank, arguments, 2)
     (one, total, gap), (two, same_total, other_gap) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
     )

@@ -1,8 +1,6 @@
 """Two real `vllm serve` replicas on loopback: spread, weights, one that dies."""
 
 import os
-import socket
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +16,7 @@ from rlzoo.engines.vllm_server import VLLMServerEngine, serve_command
 from rlzoo.engines.weight_transfer import FanOut, Replica, choose_transfer
 from rlzoo.errors import UserError
 from rlzoo.models.policy import load_policy
+from tests.forked import Program, free_port
 
 pytestmark = pytest.mark.vllm
 LENGTHS = {"max_prompt_tokens": 64, "max_response_tokens": 64}
@@ -25,12 +24,6 @@ OPTIONS = ("--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill
 OPTIONS += ("--kv-cache-memory-bytes", str(2**28))
 NCCL = ("--weight-transfer-config", '{"backend": "nccl"}')
 PARAMS = SamplingParams(1.0, 24)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +45,16 @@ def replicas(policy_path, tmp_path_factory):
 @contextmanager
 def served(
     policy_path: str, folder: Path, options: Sequence[Sequence[str]], **variables: str
-) -> Iterator[dict[str, subprocess.Popen]]:
+) -> Iterator[dict[str, Program]]:
     """{address: process} of replicas, one for each of `options`, answering."""
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"} | variables
     found = {}
     try:
         for own in options:
             port = free_port()
-            command = serve_command(policy_path, port, 128, *own)
-            with (folder / f"{port}.log").open("w") as log:
-                process = subprocess.Popen(
-                    command, stdout=log, stderr=log, env=environment, start_new_session=True
-                )
+            module, *arguments = serve_command(policy_path, port, 128, *own)[2:]  # python -m
+            log = folder / f"{port}.log"
+            process = Program(module, arguments, log, variables=environment)
             found[f"http://127.0.0.1:{port}"] = process
         for address, process in found.items():
             wait_for(address, process, folder)
@@ -73,7 +64,7 @@ def served(
             kill(process)
 
 
-def wait_for(address: str, process: subprocess.Popen, folder: Path) -> None:
+def wait_for(address: str, process: Program, folder: Path) -> None:
     for _ in range(240):
         try:
             urllib.request.urlopen(f"{address}/health", timeout=2)
@@ -84,7 +75,7 @@ def wait_for(address: str, process: subprocess.Popen, folder: Path) -> None:
     raise TimeoutError(address)
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: Program) -> None:
     try:
         os.killpg(process.pid, 9)
     except ProcessLookupError:

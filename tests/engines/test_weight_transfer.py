@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rlzoo.engines.vllm_server import VLLMServerEngine
 from rlzoo.engines.weight_transfer import (
@@ -33,6 +32,7 @@ from rlzoo.engines.weight_transfer import (
 )
 from rlzoo.errors import UserError
 from rlzoo.models.policy import load_policy
+from tests import forked
 
 pytestmark = pytest.mark.vllm
 TINY = str(Path(__file__).parents[2] / "rlzoo" / "models" / "tiny")
@@ -297,7 +297,7 @@ def test_every_rank_walks_the_weights_rank_0_sends_them_and_all_learn_of_a_failu
 
     with recorder(answer) as first, recorder(answer) as second:
         arguments = ([first.address, second.address], str(tmp_path))
-        mp.start_processes(sync_on_a_rank, arguments, nprocs=2, start_method="spawn")
+        forked.on_ranks(sync_on_a_rank, arguments, 2)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     walked, problems, version = ranks[0]

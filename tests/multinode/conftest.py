@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multinode.hosts import HERE, agents, finish
+from tests.test_runs import run
 
 SMALL = (
     "num_threads=1",
@@ -23,15 +23,15 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def two_local_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The run directory of two ranks of one torchrun on this machine, by strategy."""
+    """The run directory of two ranks on this machine, by strategy."""
     found: dict[str, Path] = {}
 
     def local(strategy: str) -> Path:
         if strategy not in found:
-            cwd = tmp_path_factory.mktemp(strategy)
-            overrides = (*SMALL, f"strategy={strategy}")
-            finish(agents(HERE, *overrides, "run_dir=run", cwd=cwd, processes=2))
-            found[strategy] = cwd / "run"
+            run_dir = tmp_path_factory.mktemp(strategy) / "run"
+            overrides = (*SMALL, f"strategy={strategy}", "trainer.devices=2")
+            run(run_dir, *overrides)
+            found[strategy] = run_dir
         return found[strategy]
 
     return local

@@ -7,14 +7,16 @@ share this machine's file system, as hosts of a cluster share theirs.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests import forked
+from tests.forked import free_port
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240  # seconds for a whole run
@@ -30,7 +32,6 @@ class Host:
 
 
 LOOPBACK = (Host("127.0.0.1", "lo"), Host("127.0.0.2", "lo"))
-HERE = LOOPBACK[:1]
 
 
 class NotPermitted(Exception):
@@ -77,17 +78,11 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @dataclass(frozen=True)
 class Program:
     """A process that was started, and the file that holds what it has said."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | forked.Program
     log: Path
 
     def said(self) -> str:
@@ -95,24 +90,33 @@ class Program:
 
 
 def start(command: list[str], log: Path, **variables: str) -> Program:
-    """Starts a launcher, or a rank, in a process group of its own and in the directory of `log`.
-
-    What a launcher around these tests may have told them is kept from it.
-    """
-    ours = ("SLURM_", "TORCHELASTIC_", "MASTER_", "NODE_RANK", "RLZOO_RUN_NAME")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    env |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}  # seconds before torchrun kills its ranks
+    """Starts a launcher in a process group of its own and in the directory of `log`."""
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
             cwd=log.parent,
-            env=env | variables,
+            env=environment(**variables),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     return Program(process, log)
+
+
+def start_rank(overrides: Sequence[str], log: Path, **variables: str) -> Program:
+    """Starts a run likewise, with its imports behind it."""
+    own = environment(**variables)
+    process = forked.Program("rlzoo.run", overrides, log, cwd=log.parent, variables=own)
+    return Program(process, log)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's, but for what a launcher around these tests may have told it."""
+    ours = ("SLURM_", "TORCHELASTIC_", "MASTER_", "NODE_RANK", "RLZOO_RUN_NAME")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}  # seconds before torchrun kills its ranks
+    return env | variables
 
 
 def agents(

@@ -7,7 +7,6 @@ its signal, which slurmstepd sends to every process of a step.
 import os
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from rlzoo.bench._equal import equal_but_time
 from tests.multinode.conftest import SMALL
-from tests.multinode.hosts import PATIENCE, Program, finish, start, stop
+from tests.multinode.hosts import PATIENCE, Program, finish, start_rank, stop
 
 ON_CPUS = ("trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.deterministic=true")
 
@@ -31,7 +30,6 @@ def free_job() -> str:
 
 def srun(job: str, cwd: Path, bin_dir: Path, *overrides: str) -> list[Program]:
     """Two nodes with a task each, with the variables of `srun --nodes=2 --ntasks-per-node=1`."""
-    command = [sys.executable, "-m", "rlzoo.run", "trainer=slurm", *ON_CPUS, *overrides]
     variables = {
         "PATH": f"{bin_dir}:{os.environ['PATH']}",
         "GLOO_SOCKET_IFNAME": "lo",
@@ -46,8 +44,8 @@ def srun(job: str, cwd: Path, bin_dir: Path, *overrides: str) -> list[Program]:
         "SLURM_LOCALID": "0",
     }
     return [
-        start(
-            command,
+        start_rank(
+            ("trainer=slurm", *ON_CPUS, *overrides),
             cwd / f"terminal{task}.txt",
             **variables,
             SLURM_PROCID=str(task),

@@ -1,7 +1,7 @@
 """Optimizer steps on recorded rollouts under any strategy, on any number of ranks.
 
-`python -m tests.strategies.steps FOLDER RANK WORLD_SIZE PORT` runs every case of CASES as one rank
-of several and leaves what rank 0 got in FOLDER.
+`python -m tests.strategies.steps FOLDER`, as a rank that torchrun starts, runs every case of CASES
+and leaves what rank 0 got in FOLDER.
 """
 
 import dataclasses
@@ -202,19 +202,9 @@ class Last(lightning.Callback):
 COUNTED = ("updates", "skipped/empty", "skipped/non_finite")
 
 
-def main(folder: Path, rank: int, world_size: int, port: int) -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {
-        "TORCHELASTIC_RUN_ID": "test",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-    }
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for name, make in STRATEGIES.items():
         found = {case.name: one_step(case, make(), world_size, folder) for case in CASES}
         if rank == 0:
@@ -257,4 +247,4 @@ def talked(rank: int, world_size: int, folder: Path) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(Path(sys.argv[1]))

@@ -1,9 +1,6 @@
 """Every strategy on two gloo ranks makes the very update that one process without one makes."""
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import make_tiny_model
+from tests.forked import Ranks
 from tests.strategies.steps import (
     CASES,
     DOUBLE_DIVISION,
@@ -21,14 +19,6 @@ from tests.strategies.steps import (
     policy_folder,
 )
 
-ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,21 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("strategies")
     for tied in (False, True):
         policy_folder(folder, tied)
-    command = [sys.executable, "-m", "tests.strategies.steps", str(folder)]
-    port = str(free_port())
-    logs = [folder / f"{rank}.log" for rank in range(2)]  # a pipe that nobody reads would fill
-    ranks = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            options = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": file}
-            ranks.append(subprocess.Popen([*command, str(rank), "2", port], **options))
-    try:
-        codes = [rank.wait(timeout=400) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
+    variables = os.environ | {"DS_ACCELERATOR": "cpu"}
+    ranks = Ranks("tests.strategies.steps", [str(folder)], folder / "said.txt", variables=variables)
+    assert ranks.wait(timeout=400) == 0, ranks.communicate()[0][-6000:]
     return folder
 
 
