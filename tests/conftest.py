@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,6 +27,11 @@ DEAREST = (  # files of ten seconds and more, so that the two processes end toge
     "test_lora.py",
     "test_two_ranks.py",
 )
+
+
+def pytest_collection_finish() -> None:
+    """No later collection of garbage looks at what has been imported."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

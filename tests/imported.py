@@ -1,5 +1,7 @@
 """What runs import, for the server of forked.py to have behind it."""
 
+import gc
+
 import deepspeed  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import peft  # noqa: F401
@@ -16,3 +18,4 @@ import rlzoo.rewards.verifier
 import rlzoo.strategies  # noqa: F401
 
 torch.set_num_threads(1)
+gc.freeze()  # DeepSpeed collects garbage at every start, which would look at all of this
