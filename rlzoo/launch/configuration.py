@@ -25,9 +25,8 @@ from rlzoo.launch.processes import register
 register()
 
 HOME = re.compile(r"(?<=[=,\[:])~[^\s,\[\]{}()=:]*")  # a path of the home folder in an override
-RENAMED: dict[
-    str, str
-] = {}  # keys as they were: as they are, for command lines and files from then
+# Dotted keys as they were, and as they are: for command lines and files from then.
+RENAMED: dict[str, str] = {}
 MIN_LIKENESS = 0.7  # of two names, by difflib's ratio, for one to be offered for the other
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlzoo.errors import UserError, first_line
 
-# Modules that stood elsewhere before, for configurations and classes from then.
+# Modules and classes that had another name: for configurations and classes from then.
 MOVED = {
     f"rlzoo.{name}": f"rlzoo.{room}.{name}"
     for room, names in {
@@ -56,7 +56,7 @@ def present_name(value: object) -> object:
 
 
 def now_called(text: str) -> str:
-    """A sentence on the first module that a text has under an older name; empty if it has none."""
+    """A sentence on the first thing that a text has under an older name; empty if it has none."""
     for old, new in MOVED.items():
         if re.search(rf"\b{re.escape(old)}\b", text):
             return f" {old} is now {new}."
