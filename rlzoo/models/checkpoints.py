@@ -131,7 +131,7 @@ def data_state(state: dict[str, Any]) -> dict[str, Any]:
 
 def run_state(state: dict[str, Any]) -> dict[str, Any]:
     """What `rlzoo.callbacks.state.Run` saved; in older checkpoints it stands with the data's."""
-    found = state.get("callbacks", {}).get("Loop")
+    found: dict[str, Any] | None = state.get("callbacks", {}).get("Loop")
     if found is not None:
         return found
     data = data_state(state)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def check_lora(lora: object, policy: PreTrainedModel) -> dict[str, Any]:
     return settings
 
 
-def import_peft() -> Any:  # noqa: ANN401 (a module)
+def import_peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
