@@ -16,11 +16,10 @@ from omegaconf import OmegaConf
 from rlzoo.data.rollout_files import read_rollouts
 from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.transformers import TransformersEngine
-from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.logprobs import response_scores
 from rlzoo.models.policy import eos_token_ids, load_policy, load_tokenizer
 from rlzoo.rng import response_seed
-from rlzoo.types import Rollouts
+from rlzoo.types import BatchRow, collate
 
 NUM_PROMPTS = 256
 
@@ -45,20 +44,9 @@ def entropy_and_kl_to_start(run_dir: Path) -> dict[str, float]:
     requests = [Request(p.token_ids, (response_seed(0, "eval", 0, 0, p.id, 0),)) for p in prompts]
     params = SamplingParams(size.temperature, size.max_response_tokens)
     drawn = [response for (response,) in engine.generate(requests, params, 0)]
-    nothing = torch.zeros(len(drawn))
-    rollouts = Rollouts(
-        prompts=prompts,
-        group_ids=torch.arange(len(drawn)),
-        responses=[response.token_ids for response in drawn],
-        sampler_logprobs=[response.logprobs for response in drawn],
-        truncated=nothing.bool(),
-        rewards=nothing,
-        verdicts=nothing.to(torch.int8),
-        policy_version=0,
-        rollout_step=0,
-    )
-    plan = Plan(list(range(len(drawn))), torch.ones(len(drawn)), 1.0)
-    batch = collate(rollouts, plan, tokenizer.pad_token_id)
+    pairs = zip(prompts, drawn, strict=True)
+    rows = [BatchRow(prompt.token_ids, response.token_ids) for prompt, response in pairs]
+    batch = collate(rows, tokenizer.pad_token_id)
     now, then = (response_scores(p, batch, size.temperature) for p in (final, start))
     mask = batch.response_mask
     kl = (now.logprobs - then.logprobs)[mask].mean()
@@ -75,8 +63,7 @@ def drift_along(run_dir: Path, steps: Sequence[int]) -> dict[str, dict[str, floa
     found = {}
     for step in steps:
         rollouts = read_rollouts(run_dir / "rollouts" / f"step_{step:06d}.parquet", step)
-        plan = Plan(list(range(len(rollouts))), torch.ones(len(rollouts)), 1.0)
-        batch = collate(rollouts, plan, pad)
+        batch = collate(rollouts.rows(), pad)
         then = response_scores(start, batch, temperature).logprobs[batch.response_mask]
         now = batch.sampler_logprobs[batch.response_mask]
         found[str(step)] = {"entropy": float(-now.mean()), "kl": float((now - then).mean())}

@@ -1,4 +1,5 @@
-"""What flows through rlzoo: a Prompt, a rollout step (Rollouts), a microbatch (RolloutBatch).
+"""What flows through rlzoo: a Prompt, a rollout step (Rollouts), its Credit, a microbatch
+(RolloutBatch).
 
 Letters in shapes: P prompts, N rollouts of a rollout step, B rollouts of a microbatch, T response
 tokens (padded), S prompt plus response tokens (padded), V vocabulary.
@@ -6,9 +7,9 @@ tokens (padded), S prompt plus response tokens (padded), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ else:  # the verifier's workers read this file too, and need not wait for transf
     PreTrainedModel = nn.Module
 
 PolicyFactory = Callable[[], PreTrainedModel]
-OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Prompt:
     question: str
     answer: str
     solution: str | None = None
-    tags: dict = field(default_factory=dict)
+    tags: dict[str, Any] = field(default_factory=dict)
     token_ids: tuple[int, ...] = ()
-    turns: tuple[dict, ...] | None = None
+    turns: tuple[dict[str, Any], ...] | None = None
 
 
 @dataclass
@@ -71,9 +72,10 @@ class Rollouts:
     rounds: int = 1  # draws that they took
     replayed: bool = False  # read from a file, not drawn by this run
     weights: Tensor | None = None  # [N] float32, what each counts for in the loss; None is 1
+    selected: Tensor | None = None  # [N] bool, which train; known to `compute_advantages` alone
     scores: dict[str, list[Tensor]] = field(default_factory=dict)  # name -> N x [L] float32, of
-    # the trainer's models: old_logprobs, ref_logprobs, values, returns, or an algorithm's own; a
-    # name that nothing computed is absent, a rollout that was not scored has an empty tensor
+    # the trainer's models: old_logprobs, ref_logprobs, values, or an algorithm's own; a name that
+    # nothing computed is absent, a rollout that was not scored has an empty tensor
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -87,9 +89,35 @@ class Rollouts:
         """Tokens of rollout i, its prompt included."""
         return len(self.prompts[int(self.group_ids[i])].token_ids) + len(self.responses[i])
 
+    def rows(self, indices: Iterable[int] | None = None) -> list[BatchRow]:
+        """Some of the rollouts, or all, as a microbatch takes them; without their scores."""
+        return [
+            BatchRow(
+                self.prompts[int(self.group_ids[i])].token_ids,
+                self.responses[i],
+                {"sampler_logprobs": self.sampler_logprobs[i]},
+            )
+            for i in (range(len(self)) if indices is None else indices)
+        ]
+
+
+class BatchRow(NamedTuple):
+    """One prompt with one response, as `collate` takes it."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Tensor  # [L] int64
+    tokens: Mapping[str, Tensor | float] = {}  # [L] float32 or one value for all, by name
+
+
+class Credit(NamedTuple):
+    """What a rollout step's rollouts are worth."""
+
+    advantages: Tensor | Sequence[Tensor]  # [N] of each rollout, or N x [L] of each token
+    targets: Mapping[str, Sequence[Tensor]] = {}  # N x [L] by name, for the loss to read
+
 
 class NoSuchScore(UserError, AttributeError):
-    """A loss reads a score that its algorithm has not declared."""
+    """A loss reads a score that its algorithm has not declared, or nothing computes one that is."""
 
 
 class RolloutBatch:
@@ -100,8 +128,8 @@ class RolloutBatch:
     and mask False, so that its zero loss hangs on the graph.
 
     Beside the tensors that every microbatch has, it holds a [B, T] float32 for each score that was
-    computed, by the name it has in `Rollouts.scores`. One that was not is an error to read: a zero
-    in its place would be a log-prob of 1 for every token.
+    computed, by the name it has in `Rollouts.scores`, and for each of `Credit.targets`. One that
+    was not is an error to read: a zero in its place would be a log-prob of 1 for every token.
 
     Raises:
         NoSuchScore: from reading a score that was not computed.
@@ -116,24 +144,6 @@ class RolloutBatch:
         "advantages",  # [B, T] float32
         "sampler_logprobs",  # [B, T] float32 nats
     )
-    SCORES = (  # those of rlzoo's own algorithms; others may come beside them
-        "old_logprobs",  # [B, T] float32 nats
-        "ref_logprobs",  # [B, T] float32 nats
-        "values",  # [B, T] float32, of the critic when the rollouts were scored
-        "returns",  # [B, T] float32, targets of the critic
-    )
-    TENSORS = ALWAYS + SCORES
-    input_ids: Tensor
-    prompt_lengths: Tensor
-    response_ids: Tensor
-    response_mask: Tensor
-    weights: Tensor
-    advantages: Tensor
-    sampler_logprobs: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    returns: Tensor
 
     def __init__(self, tensors: dict[str, Tensor], divisor: float, last: bool = False) -> None:
         self.__dict__.update(tensors)
@@ -148,9 +158,9 @@ class RolloutBatch:
         held = ", ".join(n for n in self.tensors() if n not in self.ALWAYS) or "none"
         raise NoSuchScore(
             f"The loss reads batch.{name}, but nothing computed it for this rollout step (scores at"
-            f" hand: {held}). An algorithm declares what it reads: needs_old_logprobs for"
-            " old_logprobs, needs_reference_always or algo.kl_coef > 0 for ref_logprobs, extra_scores"
-            " and a score_batch of its own for any other (docs/extending.md)."
+            f" hand: {held}). An algorithm declares what it reads in `scores`, such as"
+            ' scores = ("old_logprobs", "entropy"); algo.kl_coef > 0 declares ref_logprobs'
+            " (docs/extending.md)."
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -170,8 +180,8 @@ class RolloutBatch:
         rows, width = self.input_ids.shape
         return -(-rows // max(1, max_tokens // width))
 
-    def row_slices(self, max_tokens: int) -> list[slice]:
-        """Runs of rows to compute apart: as many as are needed, or as `pieces` says if more."""
+    def piece_rows(self, max_tokens: int) -> list[slice]:
+        """The rows of each piece: as many pieces as are needed, or as `pieces` says if more."""
         pieces = max(self.pieces, self.pieces_needed(max_tokens))
         rows = max(pieces, len(self.input_ids))
         return [slice(i * rows // pieces, (i + 1) * rows // pieces) for i in range(pieces)]
@@ -181,3 +191,36 @@ class RolloutBatch:
         extra = max(0, rows - len(self.input_ids))
         blank = lambda t: torch.cat([t, t.new_zeros(extra, *t.shape[1:])])  # noqa: E731
         return self.replaced(**{name: blank(tensor) for name, tensor in self.tensors().items()})
+
+
+def collate(
+    rows: Sequence[BatchRow], pad_token_id: int = 0, divisor: float = 1.0, names: Iterable[str] = ()
+) -> RolloutBatch:
+    """Pads rows into a microbatch; no row makes a blank one.
+
+    Args:
+        divisor: of the optimizer step, see `RolloutBatch`.
+        names: of per-token values that it has even where no row does. A weight that is not given
+            is 1 on the response, anything else 0.
+    """
+    count = max(1, len(rows))
+    width = max((len(row.response_ids) for row in rows), default=1)
+    total = max((len(row.prompt_ids) + len(row.response_ids) for row in rows), default=2)
+    found = (name for row in rows for name in row.tokens)
+    per_token = ("weights", "advantages", "sampler_logprobs", *names, *found)
+    tensors = {name: torch.zeros(count, width) for name in dict.fromkeys(per_token)} | {
+        "input_ids": torch.full((count, total), pad_token_id),
+        "prompt_lengths": torch.ones(count, dtype=torch.long),
+        "response_ids": torch.full((count, width), pad_token_id),
+        "response_mask": torch.zeros(count, width, dtype=torch.bool),
+    }
+    for i, row in enumerate(rows):
+        start, length = len(row.prompt_ids), len(row.response_ids)
+        tensors["input_ids"][i, :start] = torch.tensor(row.prompt_ids)
+        tensors["input_ids"][i, start : start + length] = row.response_ids
+        tensors["prompt_lengths"][i] = start
+        tensors["response_ids"][i, :length] = row.response_ids
+        tensors["response_mask"][i, :length] = True
+        for name, values in {"weights": 1.0, **row.tokens}.items():
+            tensors[name][i, :length] = values
+    return RolloutBatch(tensors, divisor)

@@ -12,6 +12,7 @@ from tests.recorded import recorded_rollouts
 from tests.zoo import build, gradient, prepared
 
 OUT = None  # does not train
+TENSORS = (*RolloutBatch.ALWAYS, "old_logprobs")
 
 
 def step(*groups: list[float], seed: int = 0) -> Rollouts:
@@ -115,7 +116,7 @@ def test_truncated_rollouts_do_not_train_if_they_are_filtered():
 
 def test_kl_in_the_reward_lowers_it_by_the_kl_of_the_whole_response():
     algo = build("rloo", kl_coef=0.5, kl_in="reward", kl_estimator="k1")
-    for parameter in algo._reference[0].parameters():
+    for parameter in algo.frozen["ref"].parameters():
         parameter.data *= 0.8
     rollouts = step(ONE_OF_FOUR)
     prepared(algo, rollouts)
@@ -148,7 +149,7 @@ def surrogate_gradient(algo: PolicyAlgorithm, ratio: float, advantage: float) ->
     """d loss / d logprobs at one ratio, of one response of three tokens of weight 1."""
     ones = torch.ones(1, 3)
     logprobs = torch.full((1, 3), math.log(ratio), requires_grad=True)
-    names = dict.fromkeys(RolloutBatch.TENSORS, torch.zeros(1, 3))
+    names = dict.fromkeys(TENSORS, torch.zeros(1, 3))
     batch = RolloutBatch(names | {"weights": ones, "advantages": advantage * ones}, divisor=3.0)
     (grad,) = torch.autograd.grad(algo.policy_loss(logprobs, batch).loss_sum, logprobs)
     return grad
@@ -169,7 +170,7 @@ def test_clipping_is_what_tells_the_surrogates_apart():
 def test_within_the_clip_a_sequence_ratio_spreads_each_tokens_gradient_over_the_response():
     grad = surrogate_gradient(build("gspo", clip_high=1.0), 1.5, 1.0)
     torch.testing.assert_close(grad, torch.full((1, 3), -1.5))
-    ones, names = torch.ones(1, 3), dict.fromkeys(RolloutBatch.TENSORS, torch.zeros(1, 3))
+    ones, names = torch.ones(1, 3), dict.fromkeys(TENSORS, torch.zeros(1, 3))
     batch = RolloutBatch(names | {"weights": torch.tensor([[1.0, 0, 0]]), "advantages": ones}, 1.0)
     logprobs = torch.zeros(1, 3, requires_grad=True)
     loss = build("gspo").policy_loss(logprobs, batch).loss_sum

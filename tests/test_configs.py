@@ -89,8 +89,8 @@ def test_an_algorithm_from_outside_the_repository_runs_by_its_name(tmp_path: Pat
     (package / "conf" / "algo").mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "signs.py").write_text(
-        "from rlzoo.algos.clipped import ClippedPolicyAlgorithm\n"
-        "class Signs(ClippedPolicyAlgorithm):\n"
+        "from rlzoo.algos import PolicyAlgorithm\n"
+        "class Signs(PolicyAlgorithm):\n"
         "    def __init__(self, *args, gain=1.0, **shared):\n"
         "        super().__init__(*args, **shared)\n"
         "        self.gain = gain\n"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from rlzoo.data.arithmetic import ArithmeticPrompts
 from rlzoo.data.templates import PromptTemplate
 from rlzoo.diagnosis.causes import Evidence, gap_figures, verdict
-from rlzoo.diagnosis.suspects import logits_of, probe, setting_of, suspects
+from rlzoo.diagnosis.probe import probe, setting_of
+from rlzoo.diagnosis.suspects import logits_of, sample_of, suspects
 from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.models.lora import add_lora, whole_weights_of
@@ -85,23 +86,23 @@ def diagnosed(
         bos: the tokenizer's begin token.
         asked: what the run's own datamodule asks of its engine.
     """
-    plugin = SimpleNamespace(forward_context=context)
     module = SimpleNamespace(
         policy=policy,
         device=torch.device("cpu"),
+        trainer=SimpleNamespace(precision=precision),
+        in_training=context,
         named_weights=lambda: whole_weights_of(policy),
-        trainer=SimpleNamespace(precision=precision, precision_plugin=plugin),
     )
     setting = setting_of(module, engine, asked, bos)
     evidence = Evidence(setting, probe(module, engine, prompts(), setting))
     rollouts = engine.draw(sampled)
     with torch.no_grad(), context():
-        logits = logits_of(policy, rollouts)
+        logits = logits_of(policy, rollouts.rows())
     ours = (logits / temperature).log_softmax(-1)
     ours = ours.gather(1, torch.cat(rollouts.responses)[:, None])[:, 0]
     ours = ours.split(rollouts.lengths.tolist())
     gaps = [(a - b).abs() for a, b in zip(ours, rollouts.sampler_logprobs, strict=True)]
-    found = suspects(policy, rollouts, temperature, setting, context)
+    found = suspects(policy, sample_of(rollouts), temperature, setting, context)
     cause = evidence.cause(gaps, found, temperature)
     return verdict(gap_figures(torch.cat(gaps)), cause, 0.1)
 
@@ -136,7 +137,7 @@ def test_log_probs_from_before_the_temperature_are_named(policy):
     engine = Planted(policy)
     drawn = engine.draw(SamplingParams(0.7, LIMIT))
     with torch.no_grad():
-        logprobs = logits_of(policy, drawn).log_softmax(-1)
+        logprobs = logits_of(policy, drawn.rows()).log_softmax(-1)
     raw = logprobs.gather(1, torch.cat(drawn.responses)[:, None])[:, 0]
     drawn = dataclasses.replace(drawn, sampler_logprobs=list(raw.split(drawn.lengths.tolist())))
     engine.draw = lambda params: drawn

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rlzoo.diagnosis.causes import gap_figures, likely_cause, verdict
+from rlzoo.diagnosis.probe import HALF_GAP
 from rlzoo.engines.base import weights_checksum
-from rlzoo.engines.probe import HALF_GAP
 
 
 def gaps(inner: float, first: float | None = None, last: float | None = None) -> list[torch.Tensor]:

@@ -3,7 +3,6 @@ algorithm, nothing right, everything right, nothing drawn."""
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -12,12 +11,12 @@ import torch
 from rlzoo.algos import PolicyAlgorithm
 from rlzoo.errors import UserError
 from rlzoo.launch.summary import read_metrics
+from rlzoo.learning.losses import LossOutput
 from rlzoo.learning.optimization import clip_limit, skip_reason
-from rlzoo.report.ledger import Ledger
 from rlzoo.types import NoSuchScore, Rollouts
 from tests import warm
 from tests.recorded import recorded_rollouts
-from tests.zoo import NAMES, build, calm_model, prepared
+from tests.zoo import NAMES, build, prepared
 
 
 def nothing_drawn() -> Rollouts:
@@ -90,7 +89,6 @@ def test_an_update_whose_gradient_is_zero_is_empty():
 
 def test_an_empty_update_between_two_that_are_not_finite_does_not_keep_the_run_alive():
     algo = build("raft", max_skipped_updates=1)
-    algo.trainer = SimpleNamespace(datamodule=SimpleNamespace(ledger=Ledger()))
     assert algo.settle_update({"policy": float("nan")}) == "non_finite"
     assert algo.settle_update({"policy": 0.0}) == "empty"
     with pytest.raises(UserError, match="2 updates in a row had a gradient that is not finite"):
@@ -100,13 +98,12 @@ def test_an_empty_update_between_two_that_are_not_finite_does_not_keep_the_run_a
 def test_many_empty_updates_in_a_row_are_said_ever_more_rarely(caplog):
     """With limits.max_updates alone such a run would go on for ever without a word."""
     algo = build("raft")
-    algo.trainer = SimpleNamespace(datamodule=SimpleNamespace(ledger=Ledger()))
     for _ in range(45):
         algo.settle_update({"policy": 0.0})
     said = [r.getMessage().split()[0] for r in caplog.records if "nothing to learn" in r.message]
     assert said == ["10", "20", "40"]
     algo.settle_update({"policy": 1.0})
-    assert algo.empty_in_a_row == 0
+    assert algo.update_watch.empty_in_a_row == 0
 
 
 def test_on_a_first_step_without_anything_to_train_on_engine_and_trainer_are_compared():
@@ -135,38 +132,35 @@ def test_another_way_of_clipping_is_refused():
 
 
 class Taught(type(build("raft", configure=False))):
-    """RAFT towards a teacher: a score of its own, from a model of its own."""
+    """RAFT towards a teacher: a score of its own."""
 
-    extra_scores = ("teacher_logprobs",)
+    scores = ("teacher_logprobs",)
 
-    def build_models(self) -> None:
-        super().build_models()
-        self.teacher = [calm_model()]
-
-    def score_batch(self, batch, old):
-        teacher = torch.where(batch.response_mask, -2.0, 0.0)
-        return super().score_batch(batch, old) | {"teacher_logprobs": teacher}
+    def score_batch(self, batch):
+        return {"teacher_logprobs": torch.where(batch.response_mask, -2.0, 0.0)}
 
     def policy_loss(self, logprobs, batch):
         loss_sum, metrics = super().policy_loss(logprobs, batch)
         apart = (batch.weights * (logprobs - batch.teacher_logprobs)).sum()
-        return type(super().policy_loss(logprobs, batch))(
-            loss_sum + apart, metrics | {"apart": apart}
-        )
+        return LossOutput(loss_sum + apart, metrics | {"apart": apart})
 
 
 def test_a_loss_may_bring_a_score_of_its_own():
     algo = build("raft")
     algo.__class__ = Taught
-    rollouts = recorded_rollouts((3, 4))
-    batches = prepared(algo, rollouts)
-    algo.must_score_old = lambda first: (
-        False
-    )  # one update: no old log-probs, the teacher's all the same
+    batches = prepared(algo, recorded_rollouts((3, 4)))
+    del algo.must_score_old  # one update: no old log-probs, the teacher's all the same
     for batch in [*batches, *algo.prepare(recorded_rollouts((3, 4)))]:
         assert (batch.teacher_logprobs[batch.response_mask] == -2).all()
         assert batch.to("cpu").with_rows(9).teacher_logprobs.shape[0] == 9
         assert algo.total_loss(algo.forward_scores(batch), batch).metrics["apart"] != 0
+
+
+def test_a_score_that_is_declared_and_that_nothing_computes_is_named():
+    algo = build("raft")
+    algo.scores = ("mentor_logprobs",)
+    with pytest.raises(NoSuchScore, match="score mentor_logprobs is declared.*At hand: .*entropy"):
+        prepared(algo, recorded_rollouts((3, 4)))
 
 
 def test_a_score_that_nothing_computed_is_an_error_to_read():

@@ -15,6 +15,7 @@ from rlzoo.models.logprobs import response_scores
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
+from tests.zoo import planned
 
 
 def algorithm(kind: type[PolicyAlgorithm] = GRPO, **options: object) -> PolicyAlgorithm:
@@ -38,7 +39,7 @@ def gradient(
     """The averaged gradient, all parameters in one vector, as a strategy would arrive at it."""
     algo.policy.zero_grad()
     for rank in range(world_size):
-        for batch in algo.plan(rollouts, accumulate, rank, world_size):
+        for batch in planned(algo, rollouts, accumulate, rank, world_size):
             if extra_padding:
                 for name in ("input_ids", "response_ids", "response_mask", "weights", "advantages"):
                     tensor = getattr(batch, name)
@@ -100,7 +101,7 @@ def test_one_sgd_step_at_lr_1_is_the_same_on_one_and_on_four_ranks():
 
 def test_a_large_microbatch_computed_in_pieces_has_the_same_gradient():
     rollouts, algo = recorded_rollouts(), algorithm()
-    (batch,) = algo.plan(rollouts, 1)
+    (batch,) = planned(algo, rollouts)
     grads = []
     for limit in (10_000, 20):
         algo.max_tokens_per_microbatch = limit
@@ -114,7 +115,7 @@ def test_an_empty_selection_trains_an_empty_microbatch_with_zero_gradient():
     rollouts = recorded_rollouts()
     rollouts.rewards.zero_()
     algo = algorithm(RAFT, rejected="drop")
-    (batch,) = algo.plan(rollouts, 1)
+    (batch,) = planned(algo, rollouts)
     assert batch.divisor == 0
     loss = algo.policy_loss(algo.forward_scores(batch)["logprobs"], batch).loss_sum
     loss.backward()
@@ -124,7 +125,7 @@ def test_an_empty_selection_trains_an_empty_microbatch_with_zero_gradient():
 
 def test_rejected_rollouts_leave_the_denominator_or_stay_in_it():
     rollouts = recorded_rollouts()
-    dropped, kept = (algorithm(RAFT, rejected=r).plan(rollouts, 1)[0] for r in ("drop", "zero"))
+    dropped, kept = (planned(algorithm(RAFT, rejected=r), rollouts)[0] for r in ("drop", "zero"))
     right = rollouts.rewards > 0
     assert dropped.divisor == rollouts.lengths[right].sum()
     assert kept.divisor == rollouts.lengths.sum()
@@ -133,13 +134,13 @@ def test_rejected_rollouts_leave_the_denominator_or_stay_in_it():
 def test_reinforce_rej_credits_wrong_rollouts_with_minus_one():
     rollouts = recorded_rollouts()
     algo = algorithm(ReinforceRej, reward_scale="plus_minus_one", rejected="drop")
-    (batch,) = algo.plan(rollouts, 1)
+    (batch,) = planned(algo, rollouts)
     assert set(batch.advantages[batch.response_mask].tolist()) == {-1.0, 1.0}
 
 
 def test_every_update_gets_the_same_number_of_rollouts():
     rollouts = recorded_rollouts((5, 4, 3))
-    batches = algorithm(updates=4).plan(rollouts, accumulate=2)
+    batches = planned(algorithm(updates=4), rollouts, accumulate=2)
     assert len(batches) == 8 and [b.last for b in batches] == [False] * 7 + [True]
     rows = [int(b.response_mask.any(1).sum()) for b in batches]
     assert [rows[i] + rows[i + 1] for i in range(0, 8, 2)] == [3, 3, 3, 3]

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from rlzoo.callbacks.gvm import gradient_norms
-from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.gradnorms import head_gradient_norm, head_gradient_norms
 from rlzoo.models.logprobs import response_scores
+from rlzoo.types import collate
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
 
@@ -33,7 +33,7 @@ def test_norms_of_rollouts_equal_autograd_through_the_policy(max_tokens):
     chosen = [1, 3, 4, 7]
     norms = gradient_norms(policy, rollouts, chosen, temperature=0.8, max_tokens=max_tokens)
     for index, norm in zip(chosen, norms, strict=True):
-        batch = collate(rollouts, Plan([index], torch.ones(1), 1.0), 1)
+        batch = collate(rollouts.rows([index]), 1)
         policy.zero_grad()
         response_scores(policy, batch, 0.8).logprobs.sum().backward()
         assert norm.item() == pytest.approx(policy.lm_head.weight.grad.norm().item(), rel=1e-5)

@@ -17,8 +17,8 @@ from rlzoo.callbacks import Checkpoint, WeightSync
 from rlzoo.callbacks.broken import refuse_broken
 from rlzoo.callbacks.checkpoint import comparable
 from rlzoo.diagnosis.gap import GapWatch
+from rlzoo.diagnosis.probe import LENGTH, probe_sequences
 from rlzoo.engines.base import Response, SamplingParams
-from rlzoo.engines.probe import LENGTH, probe_sequences
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
 from rlzoo.learning.metrics import PassMetrics
@@ -130,10 +130,10 @@ class CountingEngine:
         self.model.load_state_dict(dict(named), strict=False)
 
     def score(self, sequences):
-        from rlzoo.engines.probe import trainer_scores
+        from rlzoo.models.logprobs import sequence_logprobs
 
         self.scored += 1
-        return [s + self.off for s in trainer_scores(self.model, sequences, torch.device("cpu"))]
+        return [s + self.off for s in sequence_logprobs(self.model, sequences, torch.device("cpu"))]
 
 
 def synced(check: str, times: int, engine: CountingEngine, policy=None) -> int:

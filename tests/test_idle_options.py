@@ -75,7 +75,7 @@ def step() -> Rollouts:
 
 def effects(algo: PolicyAlgorithm) -> list[torch.Tensor]:
     """All that an option could change of an update: gradient, dealing, rates, what is frozen."""
-    for reference in algo._reference:
+    for reference in algo.side_models:
         for parameter in reference.parameters():
             parameter.data *= 0.8
     if getattr(algo, "critic", None) is not None:
@@ -83,7 +83,7 @@ def effects(algo: PolicyAlgorithm) -> list[torch.Tensor]:
     found = gradient(algo, step(), drift=1.5)
     batches = prepared(algo, step())
     algo.training_step(batches[0], 0)
-    schedule = [len(batches), *(len(b.row_slices(algo.max_tokens_per_microbatch)) for b in batches)]
+    schedule = [len(batches), *(len(b.piece_rows(algo.max_tokens_per_microbatch)) for b in batches)]
     rates = [group.get("lr", 0.0) for group in algo.parameter_groups()]
     dealt = torch.cat([batch.weights.flatten() for batch in batches])
     order = torch.cat([batch.input_ids.flatten() for batch in batches]).float()

@@ -101,7 +101,7 @@ def test_the_nll_term_is_the_mean_over_the_chosen_response_alone():
 
 def test_the_reference_at_iteration_start_is_the_policy_that_drew_the_pairs():
     start, initial = build("iterative_dpo"), build("iterative_dpo", reference="initial")
-    assert not start._reference and initial._reference
+    assert not start.frozen and initial.frozen
     for algo in (start, initial):
         for parameter in algo.policy.parameters():
             parameter.data *= 0.9  # trained on since the beginning

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlzoo.types import Rollouts
 from tests.recorded import recorded_rollouts
-from tests.zoo import NAMES, build, gradient, prepared
+from tests.zoo import NAMES, build, gradient, planned, prepared
 
 EVERY = pytest.mark.parametrize("name", NAMES)
 RAGGED = st.lists(st.integers(1, 5), min_size=2, max_size=5).map(tuple)
@@ -67,8 +67,8 @@ def test_the_gradient_does_not_depend_on_the_order_of_rollouts(name):
 def test_every_rank_makes_the_same_plan_and_keeps_its_own_part(name):
     algo, rollouts = build(name, updates=2), mixed()
     prepared(algo, rollouts)
-    whole = algo.plan(rollouts, accumulate=1)
-    parts = [algo.plan(rollouts, accumulate=1, rank=rank, world_size=3) for rank in range(3)]
+    whole = planned(algo, rollouts)
+    parts = [planned(algo, rollouts, rank=rank, world_size=3) for rank in range(3)]
     for update, batch in enumerate(whole):
         shares = [part[update] for part in parts]
         assert all(share.divisor == batch.divisor for share in shares)
@@ -152,7 +152,7 @@ def test_every_pass_trains_every_unit_once(name, passes, updates):
     algo, rollouts = build(name, passes=passes, updates=updates), mixed()
     batches = prepared(algo, rollouts, accumulate=2)
     assert len(batches) == passes * updates * 2
-    trained = sorted(i for unit in algo.units(rollouts) for i in unit)
+    trained = sorted(i for unit in algo.training_units(rollouts) for i in unit)
     expected = int(rollouts.lengths[trained].sum()) * passes
     assert sum(int(batch.response_mask.sum()) for batch in batches) == expected
 
@@ -162,7 +162,7 @@ def test_kl_and_entropy_enter_the_loss_with_their_weights(name):
     rollouts = mixed()
     changes = {"kl_coef": 0.5, "entropy_coef": 0.25}
     plain, added = build(name), build(name, **changes)
-    for parameter in added._reference[0].parameters():
+    for parameter in added.frozen["ref"].parameters():
         parameter.data *= 0.7  # a reference that differs
     (batch,), (same,) = prepared(added, rollouts), prepared(plain, mixed())
     batch.old_logprobs = same.old_logprobs = 0.9 * batch.sampler_logprobs

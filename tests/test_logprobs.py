@@ -1,14 +1,14 @@
 import torch
 
 import rlzoo.models.logprobs
-from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.logprobs import response_scores, token_scores
+from rlzoo.types import collate
 from tests.recorded import recorded_rollouts
 
 
 def test_scores_are_those_of_a_plain_forward_pass(tiny_model):
     rollouts = recorded_rollouts()
-    batch = collate(rollouts, Plan([2, 5], torch.ones(2), 1.0), 1)
+    batch = collate(rollouts.rows([2, 5]), 1)
     scores = response_scores(tiny_model, batch, temperature=0.7)
     for row, index in enumerate((2, 5)):
         prompt = rollouts.prompts[int(rollouts.group_ids[index])].token_ids
@@ -38,6 +38,6 @@ def test_chunks_change_neither_scores_nor_gradient(monkeypatch):
 
 
 def test_scores_are_float32_whatever_the_policy_is(tiny_model):
-    batch = collate(recorded_rollouts(), Plan([0], torch.ones(1), 1.0), 1)
+    batch = collate(recorded_rollouts().rows([0]), 1)
     scores = response_scores(tiny_model.bfloat16(), batch, 1.0)
     assert scores.logprobs.dtype == torch.float32

@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlzoo.callbacks.gvm import gradient_norms
+from rlzoo.diagnosis.probe import probe_sequences
 from rlzoo.engines.base import weights_checksum
-from rlzoo.engines.probe import probe_sequences, trainer_scores
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
 from rlzoo.export import export
@@ -23,6 +23,7 @@ from rlzoo.launch.configuration import conf_dir
 from rlzoo.launch.training import build as build_run
 from rlzoo.launch.training import check_same_lora
 from rlzoo.models import lora as adapters
+from rlzoo.models.logprobs import sequence_logprobs
 from rlzoo.models.policy import load_policy
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
@@ -54,7 +55,7 @@ def stirred(policy):
 
 
 def scores(policy) -> torch.Tensor:
-    return torch.cat(trainer_scores(policy, probe_sequences(policy), CPU))
+    return torch.cat(sequence_logprobs(policy, probe_sequences(policy), CPU))
 
 
 def plain_with(folder: Path, state) -> torch.nn.Module:
@@ -130,7 +131,7 @@ def test_the_reference_is_the_same_network_with_adapters_off(folder):
     algo = build("grpo", policy=lambda: stirred(factory(folder)()), kl_coef=0.1)
     assert algo.side_models == []
     plain, before = load_policy(str(folder)), scores(algo.policy)
-    with algo.reference_policy() as reference:
+    with adapters.adapters_off(algo.policy) as reference:
         assert torch.equal(scores(reference), scores(plain))
         named = reference.named_parameters()
         assert all(p.requires_grad for name, p in named if adapters.is_adapter(name))

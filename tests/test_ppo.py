@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 from rlzoo.algos import PPO
-from rlzoo.report.ledger import Ledger
 from rlzoo.types import Rollouts
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
@@ -55,7 +54,7 @@ def test_advantages_are_whitened_over_all_tokens_of_the_step():
 
 def test_kl_in_the_reward_is_charged_to_the_token_that_strays():
     algo = constant_critic(0.0, kl_coef=0.5, kl_in="reward", kl_estimator="k1", lam=0.0)
-    for parameter in algo._reference[0].parameters():
+    for parameter in algo.frozen["ref"].parameters():
         parameter.data *= 0.8
     rollouts = two_tokens([1.0])
     (batch,) = prepared(algo, rollouts)
@@ -99,7 +98,6 @@ def updated(algo: PPO, rollouts: Rollouts) -> dict[str, bool]:
         world_size=1,
         global_rank=0,
         accumulate_grad_batches=1,
-        datamodule=SimpleNamespace(ledger=Ledger()),
     )
     optimizer = torch.optim.AdamW(algo.parameter_groups(), lr=1e-3)
     rollouts.scores.clear()
@@ -133,7 +131,6 @@ def test_actor_and_critic_are_two_groups_with_their_own_learning_rates():
 
 def test_each_group_is_clipped_by_its_own_norm():
     algo = build("ppo")
-    algo.trainer = SimpleNamespace(datamodule=SimpleNamespace(ledger=Ledger()))
     optimizer = torch.optim.SGD(algo.parameter_groups(), lr=1.0)
     for scale, module in ((1e-3, algo.policy), (10.0, algo.critic)):
         for parameter in module.parameters():

@@ -39,7 +39,7 @@ def step() -> Rollouts:
 
 def made(name: str, changes: dict) -> PolicyAlgorithm:
     algo = build(name, **changes)
-    for parameter in (p for model in algo._reference for p in model.parameters()):
+    for parameter in (p for model in algo.side_models for p in model.parameters()):
         parameter.data *= 0.9  # a reference that differs
     return algo
 

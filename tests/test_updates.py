@@ -1,7 +1,6 @@
 """Updates that must not be made leave no trace: weights, Adam's state and the schedule stand."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,14 +8,14 @@ from lightning import LightningDataModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from rlzoo.algos import PolicyAlgorithm
 from rlzoo.errors import UserError
-from rlzoo.learning.optimization import OptimizationModule
 from rlzoo.report.ledger import Ledger
 
 GOOD, EMPTY, NAN, INF = "good", "empty", "nan", "inf"
 
 
-class Line(OptimizationModule):
+class Line(PolicyAlgorithm):
     """Moves one weight by its gradient of 1, or does what the batch says."""
 
     def __init__(self, max_skipped_updates: int = 10) -> None:
@@ -84,7 +83,6 @@ def test_empty_updates_never_stop_the_run():
 
 def test_gradients_are_clipped_by_their_global_norm():
     module = Line()
-    module.trainer = SimpleNamespace(datamodule=SimpleNamespace(ledger=Ledger()))
     module.configure_model()
     module.policy.weight.grad = torch.full((1, 1), 8.0)
     optimizer = torch.optim.SGD(module.parameter_groups(), lr=1.0)

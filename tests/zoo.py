@@ -67,6 +67,20 @@ def prepared(algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1) -> 
     return algo.prepare(rollouts)
 
 
+def planned(
+    algo: PolicyAlgorithm,
+    rollouts: Rollouts,
+    accumulate: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[RolloutBatch]:
+    """A rank's microbatches of rollouts that are scored already, or need not be."""
+    units, credit = algo.training_units(rollouts), algo.credit(rollouts)
+    return algo.microbatches(
+        rollouts, units, credit, accumulate=accumulate, rank=rank, world_size=world_size
+    )
+
+
 def gradient(
     algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1, drift: float = 0.3
 ) -> torch.Tensor:

@@ -9,66 +9,73 @@ weighted mean over all its tokens, whatever the split into microbatches and rank
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from rlzoo.errors import UserError, check_acts, check_at_least, check_choice
-from rlzoo.learning.length import soft_overlong_penalty
+from rlzoo.algos.options import CLIP_DEFAULTS, check_acting, check_values, idle_keys
+from rlzoo.diagnosis.causes import Evidence
+from rlzoo.diagnosis.gap import GapWatch
 from rlzoo.learning.losses import (
-    KL_ESTIMATORS,
     LossOutput,
+    clipped_surrogate_loss,
     kl_estimate,
     kl_to_reference,
     truncated_importance_weights,
 )
 from rlzoo.learning.metrics import WeightedMeans
-from rlzoo.learning.microbatching import AGGREGATIONS, collate, plan_microbatches
-from rlzoo.learning.scoring import ScoringModule
-from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
+from rlzoo.learning.microbatching import microbatch, plan_microbatches
+from rlzoo.learning.optimization import UpdateWatch, check_schedule, clip_limit, clipped_norms
+from rlzoo.learning.scoring import agree_on_pieces, declared, in_pieces, score_rollouts
+from rlzoo.learning.selection import Selection, said_if_single, units_of, with_the_rest
+from rlzoo.learning.shaping import plus_minus_one, soft_overlong_penalty
+from rlzoo.models.checks import check_placed
+from rlzoo.models.frozen import FrozenModels
+from rlzoo.models.gather import load_whole, through
+from rlzoo.models.logprobs import response_scores
+from rlzoo.models.lora import is_adapter, lora_of, whole_weights_of
+from rlzoo.models.precision import float_buffers, put_back
+from rlzoo.report.ledger import Ledger
+from rlzoo.rng import derive_seed
+from rlzoo.types import Credit, OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 from rlzoo.values import AtLeast0, AtLeast1, Positive, Seed
 
-log = logging.getLogger(__name__)
 
-
-class PolicyAlgorithm(ScoringModule):
+class PolicyAlgorithm(lightning.LightningModule):
     """Base of RAFT, RAFT++, GRPO, Reinforce, PPO, Iterative DPO and their kin.
 
     Args:
         policy: builds the policy; called in `configure_model`, where a strategy can shard it.
         optimizer: builds the optimizer from parameters.
         scheduler: builds a learning-rate schedule from the optimizer, stepped after each update.
-        updates: optimizer steps per pass over a rollout step, of equal numbers of rollouts.
-        passes: times that a rollout step is trained on.
-        aggregation: how tokens are averaged, one of `rlzoo.learning.microbatching.AGGREGATIONS`.
-        rejected: whether rollouts that `select` turns down leave the denominators ("drop") or
-            stay with advantage 0 ("zero", as released code has it).
-        reward_scale: "zero_one", or "plus_minus_one" (r -> 2r - 1; arXiv:2504.11343).
-        kl_coef: weight of the per-token KL to the initial policy; 0 keeps no reference.
-        kl_estimator: "k1", "k2" or "k3", see `rlzoo.learning.losses.kl_estimate`.
-        kl_in: "loss" adds the KL to the loss, "reward" takes it from the reward.
-        entropy_coef: weight of the policy's entropy, which is added to the objective.
-        tis_cap: bound of the importance weight of trainer against engine log-probs (truncated
-            importance sampling); null trains without.
-        overlong_buffer: last share of the length limit, in [0, 1), over which a penalty grows from
-            0 to `overlong_penalty` (DAPO, arXiv:2503.14476 Eq. 13); 0 is none, else a token at least.
-        overlong_filter: whether truncated rollouts are rejected.
-        max_response_tokens: limit of a response, the divisor of aggregation "fixed_length".
-        seed: of the run.
-        temperature, max_tokens_per_microbatch, max_logprob_gap, pad_token_id,
-            max_skipped_updates: see `ScoringModule`.
+        pad_token_id: fills microbatches.
+
+    The rest are keys of every YAML of conf/algo: shared.yaml and clipped.yaml say of each what it
+    does, in which unit, and where its value comes from.
     """
 
-    needs_old_logprobs = True  # False where the loss has no ratio
-    needs_reference_always = False  # True where the loss has a reference whatever kl_coef is
-    credits_tokens = False  # True where advantages come from per-token scores
+    # What an algorithm declares. A score has the name by which a batch holds it: old_logprobs,
+    # entropy, NAME_logprobs of a model in `frozen`, or what `piece_scores` or `score_batch` adds.
+    scores: tuple[str, ...] = ("old_logprobs",)  # those that loss or credit read
+    credit_scores: tuple[str, ...] = ()  # those that `compute_advantages` reads, of all rollouts
+    has_ratio = True  # False where the loss has none that could be clipped
+    has_dual_clip = True  # False where the loss has no place for one
     uses_reward_values = True  # False where rewards only say which rollouts train
     uses_advantages = True  # False where the loss has none
+    splits_kl = False  # True where `compute_advantages` takes the KL from each token's reward
+    can_reject = True  # False where every rollout trains
+    blames = True  # False where no advantage is below 0
+    scale_free = False  # True where twice the rewards give the same advantages
     smallest_group = 1  # responses of a prompt below which they teach nothing
+
+    policy: PreTrainedModel
 
     def __init__(
         self,
@@ -81,6 +88,9 @@ class PolicyAlgorithm(ScoringModule):
         aggregation: str = "token_mean",
         rejected: str = "zero",
         reward_scale: str = "zero_one",
+        clip_low: float | None = 0.2,
+        clip_high: float | None = 0.2,
+        dual_clip: float | None = None,
         kl_coef: float = 0.0,
         kl_estimator: str = "k3",
         kl_in: str = "loss",
@@ -97,105 +107,61 @@ class PolicyAlgorithm(ScoringModule):
         pad_token_id: int = 0,
         seed: Seed = 0,
     ) -> None:
-        super().__init__(
-            policy,
-            optimizer,
-            scheduler,
-            needs_reference=kl_coef > 0 or self.needs_reference_always,
-            temperature=temperature,
-            max_tokens_per_microbatch=max_tokens_per_microbatch,
-            max_logprob_gap=max_logprob_gap,
-            pad_token_id=pad_token_id,
-            max_skipped_updates=max_skipped_updates,
-        )
+        super().__init__()
+        check_schedule(scheduler)
+        self.policy_factory, self.optimizer_factory = policy, optimizer
+        self.scheduler_factory = scheduler
         self.updates, self.passes = updates, passes
         self.aggregation, self.rejected, self.reward_scale = aggregation, rejected, reward_scale
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.kl_coef, self.kl_estimator, self.kl_in = kl_coef, kl_estimator, kl_in
         self.entropy_coef, self.entropy_gradient = entropy_coef, entropy_coef > 0
         self.tis_cap, self.overlong_filter = tis_cap, overlong_filter
         self.overlong_buffer, self.overlong_penalty = overlong_buffer, overlong_penalty
-        self.max_response_tokens, self.seed = max_response_tokens, seed
-        self.means = WeightedMeans()  # of the rollout step, over tokens
-        self.told_of_singles = False
-        self.scores_old = True  # whether this rollout step's old log-probs were computed apart
+        self.temperature, self.max_response_tokens = temperature, max_response_tokens
+        self.max_tokens_per_microbatch, self.pad_token_id = max_tokens_per_microbatch, pad_token_id
+        self.max_logprob_gap, self.seed = max_logprob_gap, seed
+        self.can_reject = overlong_filter or type(self).select is not PolicyAlgorithm.select
         self.check_options()
+        if kl_coef > 0:
+            self.scores = tuple(dict.fromkeys((*self.scores, "ref_logprobs")))
+        self.ledger = Ledger()  # the run's, once it has one
+        self.means = WeightedMeans()  # of the rollout step, over tokens
+        self.update_watch = UpdateWatch(max_skipped_updates)
+        self.gap_watch = GapWatch(max_logprob_gap)
+        self.evidence = Evidence()  # of engine and trainer before the first draw; the doctor's
+        self.frozen = FrozenModels()  # by name; each gives the score NAME_logprobs
+        self.built = False
+        self.kept_buffers: dict[str, Tensor] = {}  # as they were before a strategy converted them
+        self.restored_weights: Callable[[], dict[str, Tensor]] | None = None  # of a checkpoint
+        self.rollout_step = 0
+        self.divisor = 1.0  # of the optimizer step in progress; 0: nothing trains
+        self.scores_old = True  # whether this rollout step's old log-probs were computed apart
+        self.told_of_singles = False
+
+    # --- options ----------------------------------------------------------------------------
 
     def check_options(self) -> None:
         """Raises a UserError for a value out of range, or one that this algorithm would ignore."""
-        check_choice("algo.aggregation", self.aggregation, AGGREGATIONS)
-        check_choice("algo.rejected", self.rejected, ("drop", "zero"))
-        check_choice("algo.reward_scale", self.reward_scale, ("zero_one", "plus_minus_one"))
-        check_choice("algo.kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        check_choice("algo.kl_in", self.kl_in, ("loss", "reward"))
-        for key in ("updates", "passes", "max_response_tokens"):
-            check_at_least(f"algo.{key}", getattr(self, key), 1)
-        for key in ("kl_coef", "entropy_coef", "overlong_penalty"):
-            check_at_least(f"algo.{key}", getattr(self, key), 0)
-        if self.tis_cap is not None:
-            check_at_least("algo.tis_cap", self.tis_cap, 1)
-        if not 0 <= self.overlong_buffer < 1:
-            raise UserError(
-                f"algo.overlong_buffer must be in [0, 1), got {self.overlong_buffer}: it is a share"
-                " of the length limit. DAPO uses 0.2."
-            )
-        if not self.uses_reward_values and (self.overlong_buffer or self.kl_in_reward):
-            raise UserError(
-                f"{type(self).__name__} asks of rewards only which rollouts are right, so"
-                " algo.overlong_buffer and algo.kl_in=reward would do nothing. Use"
-                " algo.overlong_filter and algo.kl_in=loss."
-            )
-        self.check_idle()
-        if self.kl_coef and self.kl_in == "loss" and self.kl_estimator == "k1":
-            log.warning(
-                "algo.kl_estimator=k1 in the loss has a mean gradient of 0: prefer k2 or k3."
-            )
+        check_values(vars(self))
+        check_acting(self, vars(self))
 
-    def check_idle(self) -> None:
-        """Raises a UserError for a value that was asked for and could not act."""
-        name = type(self).__name__
-        if self.kl_coef == 0:
-            why = "algo.kl_coef=0 leaves the KL out"
-            check_acts("algo.kl_estimator", self.kl_estimator, "k3", why)
-            check_acts("algo.kl_in", self.kl_in, "loss", why)
-        if not self.uses_reward_values:
-            why = f"{name} asks of rewards only which rollouts are right"
-            check_acts("algo.reward_scale", self.reward_scale, "zero_one", why)
-        if not self.uses_advantages:
-            why = f"the loss of {name} has no advantages that it could weigh"
-            check_acts("algo.tis_cap", self.tis_cap, None, why)
-        if self.overlong_buffer == 0:
-            why = "algo.overlong_buffer=0 leaves the penalty out"
-            check_acts("algo.overlong_penalty", self.overlong_penalty, 1.0, why)
-        elif self.overlong_penalty == 0:
-            why = "algo.overlong_penalty=0 is no penalty"
-            check_acts("algo.overlong_buffer", self.overlong_buffer, 0.0, why)
+    @classmethod
+    def left_out(cls) -> tuple[str, ...]:
+        """Arguments that the algorithm has no place for, and no YAML of it may set."""
+        return () if cls.has_ratio else tuple(CLIP_DEFAULTS)
 
     def idle_options(self) -> dict[str, str]:
         """Keys that cannot act as the others stand, with the reason: `rlzoo.launch.idle` refuses one
         that the user set, while a default may stand."""
-        idle = {}
-        if not self.can_reject:
-            idle["algo.rejected"] = f"this {type(self).__name__} turns no rollout down"
-        if not self.overlong_buffer and self.aggregation != "fixed_length":
-            why = "responses are drawn up to datamodule.max_response_tokens"
-            idle["algo.max_response_tokens"] = why
-        if self.scale_free and not self.shapes_rewards:
-            idle["algo.reward_scale"] = "advantages are standardised, whatever the rewards' scale"
-        return idle
+        return idle_keys(self, vars(self))
 
     def idle_on_policy(self) -> dict[str, str]:
         """The same for what one update per rollout step makes idle, as a sweep may; said only."""
-        return {}
-
-    @property
-    def can_reject(self) -> bool:
-        """Whether there are rollouts that do not train."""
-        return self.overlong_filter or type(self).select is not PolicyAlgorithm.select
-
-    @property
-    def scale_free(self) -> bool:
-        """Whether twice the rewards give the same advantages."""
-        return False
+        if self.updates_per_step > 1 or not self.has_ratio:
+            return {}
+        why = "with one update per rollout step (algo.updates=1, algo.passes=1) the ratio is 1"
+        return {f"algo.{key}": why for key in CLIP_DEFAULTS}
 
     @property
     def shapes_rewards(self) -> bool:
@@ -206,26 +172,99 @@ class PolicyAlgorithm(ScoringModule):
     def kl_in_reward(self) -> bool:
         return self.kl_coef > 0 and self.kl_in == "reward"
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps per rollout step."""
+        return self.updates * self.passes
+
     # --- what makes an algorithm that algorithm ---------------------------------------------
 
-    def compute_advantages(self, rollouts: Rollouts) -> Tensor | list[Tensor]:
-        """[N] advantage of each rollout, or N x [L] of each token, from whole groups.
+    def select(self, rollouts: Rollouts) -> Selection:
+        """Which rollouts train, from rewards in [0, 1]: [N] bool, or lists of indices that train
+        together; all unless a subclass says so."""
+        return torch.ones(len(rollouts), dtype=torch.bool)
 
-        Rewards come as `shape_rewards` made them.
+    def compute_advantages(self, rollouts: Rollouts) -> Tensor | list[Tensor] | Credit:
+        """[N] advantage of each rollout, N x [L] of each token, or Credit with targets beside them.
+
+        From whole groups; rewards come as `shape_rewards` made them, and `rollouts.selected` says
+        which train.
         """
         raise NotImplementedError
 
-    def select(self, rollouts: Rollouts) -> Tensor:
-        """[N] bool, which rollouts train, from rewards in [0, 1]; all unless a subclass says so."""
-        return torch.ones(len(rollouts), dtype=torch.bool)
-
     def policy_loss(self, logprobs: Tensor, batch: RolloutBatch) -> LossOutput:
-        """Weighted sum over a microbatch's tokens; logprobs are [B, T] float32 with gradient."""
-        raise NotImplementedError
+        """Weighted sum over a microbatch's tokens; logprobs are [B, T] float32 with gradient.
+
+        PPO's clipped surrogate (arXiv:1707.06347 Eq. 7) unless a subclass says so.
+        """
+        return clipped_surrogate_loss(
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.weights,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+        )
 
     def auxiliary_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput | None:
         """What is minimised beside the policy's loss, from `forward_scores`; PPO's critic."""
         return None
+
+    def score_batch(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """Declared scores that no other place computes, each [B, T] by its name; no gradient."""
+        return {}
+
+    # --- models -----------------------------------------------------------------------------
+
+    def build_models(self) -> None:
+        """Builds every network, where a strategy can shard it; those in `frozen` are not trained,
+        and each gives the score NAME_logprobs."""
+        self.noise_seed = torch.initial_seed()
+        self.policy = self.policy_factory().train()
+        if "ref_logprobs" in self.scores and lora_of(self.policy) is None:
+            self.frozen["ref"] = self.policy_factory()
+
+    def configure_model(self) -> None:
+        if self.built:
+            return
+        self.build_models()
+        self.built = True
+        self.frozen.freeze(self._trainer)
+        self.kept_buffers = float_buffers(self)
+        if self.restored_weights is not None:
+            load_whole(self, self.restored_weights())
+
+    @property
+    def side_models(self) -> list[PreTrainedModel]:
+        """Frozen models beside the trained ones, for a strategy to shard and to move."""
+        return list(self.frozen.values())
+
+    def on_fit_start(self) -> None:
+        put_back(self, self.kept_buffers)
+        check_placed(self.policy)
+        for model in self.side_models:
+            model.to(self.device)
+
+    @property
+    def model_name(self) -> str:
+        """What tells one model from another in a checkpoint, adapters left aside."""
+        own = (p for name, p in self.policy.named_parameters() if not is_adapter(name))
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in own)
+        return f"{type(self.policy).__name__} of {count:,} parameters"
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's parameters, whole, by the names that `named_parameters` gives them in a
+        model without adapters, which are merged here."""
+        return whole_weights_of(self.policy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["first_gap"] = self.gap_watch.first
+        if (lora := lora_of(self.policy)) is not None:
+            checkpoint["lora"] = lora
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.gap_watch.first = checkpoint.get("first_gap")  # older ones have none
 
     # --- from rollouts to microbatches ------------------------------------------------------
 
@@ -233,39 +272,30 @@ class PolicyAlgorithm(ScoringModule):
         self, rollouts: Rollouts, on_progress: Callable[[int], None] = lambda n: None
     ) -> list[RolloutBatch]:
         """This rank's `microbatches_per_step` microbatches of a rollout step, scored."""
-        self.say_if_single(rollouts)
-        first = rollouts.rollout_step == 0
-        self.scores_old = self.must_score_old(first)
-        scored = self.scored(rollouts)
-        if first and not scored:  # nothing trains, but engine and trainer are compared all the same
-            scored = list(range(len(rollouts)))
-        self.score(rollouts, scored, self.scores_old, on_progress)
-        if self.scores_old and not rollouts.replayed:
-            self.check_gap(rollouts)
-        batches = self.plan(
+        units = self.training_units(rollouts)
+        self.score(rollouts, units, on_progress)
+        credit = self.credit(rollouts)
+        trainer = self.trainer
+        return self.microbatches(
             rollouts,
-            accumulate=self.trainer.accumulate_grad_batches,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            units,
+            credit,
+            accumulate=trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
         )
-        self.agree_on_pieces(batches)
-        return batches
 
-    def say_if_single(self, rollouts: Rollouts) -> None:
-        """Says once that there are groups too small to teach; `single_groups` counts them."""
-        single = int((rollouts.group_ids.bincount() == 1).sum()) if len(rollouts) else 0
-        if single and self.smallest_group > 1 and not self.told_of_singles:
-            self.told_of_singles = True
-            log.warning(
-                f"{single} of {len(rollouts.prompts)} prompts have one response in this rollout step:"
-                f" {type(self).__name__}, which compares responses, learns nothing of them (column"
-                " single_groups; sampler.allocator.n_min=2 gives every prompt two)."
-            )
+    def selected_units(self, rollouts: Rollouts) -> list[list[int]]:
+        """What `select` says, less truncated rollouts if they are filtered."""
+        truncated = rollouts.truncated if self.overlong_filter else None
+        return units_of(self.select(rollouts), truncated)
 
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps per rollout step."""
-        return self.updates * self.passes
+    def training_units(self, rollouts: Rollouts) -> list[list[int]]:
+        """The rollouts of a step that are trained on, those that belong together in one list."""
+        if self.smallest_group > 1 and not self.told_of_singles:
+            self.told_of_singles = said_if_single(rollouts, type(self).__name__)
+        units = self.selected_units(rollouts)
+        return with_the_rest(units, len(rollouts)) if self.rejected == "zero" else units
 
     def must_score_old(self, first: bool) -> bool:
         """Whether the weights that sampled score a rollout step before it is trained on.
@@ -273,64 +303,70 @@ class PolicyAlgorithm(ScoringModule):
         With one update per rollout step the ratio is 1 by construction, so old log-probs are taken
         from the training pass; the first rollout step always scores, to compare with the engine.
         """
-        if first or self.credits_tokens or self.kl_in_reward:
+        if first or self.credit_scores or self.kl_in_reward:
             return True
-        needed = self.needs_old_logprobs or self.tis_cap is not None
+        needed = "old_logprobs" in self.scores or self.tis_cap is not None
         return needed and self.updates_per_step > 1
 
-    def scored(self, rollouts: Rollouts) -> list[int]:
-        """Rollouts that are scored: those that train, or all where credit needs them."""
-        if self.credits_tokens or self.kl_in_reward:
-            return list(range(len(rollouts)))
-        return [i for unit in self.units(rollouts) for i in unit]
-
-    def units(self, rollouts: Rollouts) -> Sequence[Sequence[int]]:
-        """The rollouts that train, those that belong together in one list."""
-        if self.rejected == "zero":
-            return [[i] for i in range(len(rollouts))]
-        return [[i] for i in self.selected(rollouts).nonzero()[:, 0].tolist()]
-
-    def selected(self, rollouts: Rollouts) -> Tensor:
-        """[N] bool: `select`, less truncated rollouts if they are filtered."""
-        kept = self.select(rollouts)
-        return kept & ~rollouts.truncated if self.overlong_filter else kept
-
-    def plan(
-        self, rollouts: Rollouts, accumulate: int, rank: int = 0, world_size: int = 1
-    ) -> list[RolloutBatch]:
-        """Advantages, selection and microbatches, the same on every rank but for what it keeps."""
-        shaped = dataclasses.replace(rollouts, rewards=self.shape_rewards(rollouts))
-        advantages = self.compute_advantages(shaped)
-        if self.rejected == "zero":
-            kept = self.selected(rollouts)
-            advantages = [a if keep else 0 * a for a, keep in zip(advantages, kept, strict=True)]
-        plans = plan_microbatches(
+    def score(
+        self,
+        rollouts: Rollouts,
+        units: Sequence[Sequence[int]],
+        on_progress: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        """Fills `rollouts.scores` with what was declared, of those that train or, where credit needs
+        them, of all; compares engine and trainer."""
+        self.rollout_step, first = rollouts.rollout_step, rollouts.rollout_step == 0
+        indices = [i for unit in units for i in unit]
+        if self.credit_scores or self.kl_in_reward or (first and not indices):
+            indices = list(
+                range(len(rollouts))
+            )  # the first step is compared even if nothing trains
+        self.scores_old = self.must_score_old(first)
+        names = [name for name in self.scores if name != "old_logprobs"]
+        names = ["old_logprobs", *names] if self.scores_old else names
+        self.gap_watch.begin(rollouts)
+        if not names:
+            return
+        scored = score_rollouts(
             rollouts,
-            self.units(rollouts),
-            updates=self.updates,
-            passes=self.passes,
-            accumulate=accumulate,
-            rank=rank,
-            world_size=world_size,
-            aggregation=self.aggregation,
-            max_length=self.max_response_tokens,
-            seed=self.seed,
+            indices,
+            lambda batch: self.named_scores(batch.to(self.device), names),
+            max_tokens=self.max_tokens_per_microbatch,
+            pad_token_id=self.pad_token_id,
+            on_progress=on_progress,
         )
-        batches = [collate(rollouts, plan, self.pad_token_id, advantages) for plan in plans]
-        batches[-1].last = True
-        return batches
+        if self.scores_old:
+            old = rollouts.scores["old_logprobs"]
+            for i in scored:
+                self.gap_watch.note(old[i], rollouts.sampler_logprobs[i])
+            if not rollouts.replayed:
+                self.gap_watch.check(self)
+
+    def credit(self, rollouts: Rollouts) -> Credit:
+        """What the rollouts are worth; nothing where they are rejected and stay."""
+        selected = torch.zeros(len(rollouts), dtype=torch.bool)
+        selected[[i for unit in self.selected_units(rollouts) for i in unit]] = True
+        rewards = self.shape_rewards(rollouts)
+        shaped = dataclasses.replace(rollouts, rewards=rewards, selected=selected)
+        credit = self.compute_advantages(shaped)
+        if not isinstance(credit, Credit):
+            credit = Credit(credit)
+        if self.rejected == "zero":
+            pairs = zip(credit.advantages, selected, strict=True)
+            credit = credit._replace(advantages=[a if keep else 0 * a for a, keep in pairs])
+        return credit
 
     def shape_rewards(self, rollouts: Rollouts) -> Tensor:
         """[N] rewards on `reward_scale`, less the penalties of length and of KL."""
         rewards = rollouts.rewards
         if self.reward_scale == "plus_minus_one":
-            check_zero_one(rollouts)
-            rewards = 2 * rewards - 1
+            rewards = plus_minus_one(rollouts)
         limit = self.max_response_tokens
         buffer = max(1, round(self.overlong_buffer * limit)) if self.overlong_buffer else 0
         penalty = soft_overlong_penalty(rollouts.lengths, limit, buffer)
         rewards = rewards + self.overlong_penalty * penalty
-        if self.kl_in_reward and not self.credits_tokens:
+        if self.kl_in_reward and not self.splits_kl:
             sums = [kl.sum() for kl in self.kl_penalties(rollouts)]
             rewards = rewards - torch.stack(sums) if sums else rewards
         return rewards
@@ -343,17 +379,87 @@ class PolicyAlgorithm(ScoringModule):
             for o, r in zip(old, ref, strict=True)
         ]
 
+    def microbatches(
+        self,
+        rollouts: Rollouts,
+        units: Sequence[Sequence[int]],
+        credit: Credit,
+        *,
+        accumulate: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> list[RolloutBatch]:
+        """This rank's microbatches, `accumulate` of them for each optimizer step."""
+        plans = plan_microbatches(
+            units,
+            rollouts.lengths,
+            [rollouts.num_tokens(i) for i in range(len(rollouts))],
+            rollouts.weights,
+            updates=self.updates,
+            passes=self.passes,
+            accumulate=accumulate,
+            rank=rank,
+            world_size=world_size,
+            aggregation=self.aggregation,
+            max_length=self.max_response_tokens,
+            seed=self.seed,
+            rollout_step=rollouts.rollout_step,
+        )
+        batches = [microbatch(rollouts, plan, credit, self.pad_token_id) for plan in plans]
+        batches[-1].last = True
+        self.agree_on_pieces(batches)
+        return batches
+
+    def agree_on_pieces(self, batches: Sequence[RolloutBatch]) -> None:
+        agree_on_pieces(batches, self.max_tokens_per_microbatch)
+
     # --- one microbatch ---------------------------------------------------------------------
+
+    def in_training(self) -> AbstractContextManager[None]:
+        """The precision of training, for a pass outside of it."""
+        return self.trainer.precision_plugin.forward_context()
+
+    def forward_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """`piece_scores` of a microbatch, in pieces if it is too large."""
+        pieces = self.max_tokens_per_microbatch
+        return through(self.policy, in_pieces, batch, pieces, self.piece_scores)
+
+    def piece_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """`logprobs` and `entropy` of the policy being trained, each [B, T]."""
+        scores = response_scores(
+            self.policy, batch, self.temperature, entropy_gradient=self.entropy_gradient
+        )
+        return scores._asdict()
+
+    def named_scores(self, batch: RolloutBatch, names: Sequence[str]) -> dict[str, Tensor]:
+        """Scores of a microbatch, each [B, T]; a NoSuchScore if nothing computes one of them."""
+        with self.in_training():
+            own = self.frozen.scores(names, self.policy, batch, self.temperature)
+            own |= self.score_batch(batch)
+            return declared(names, own, lambda: self.forward_scores(batch))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Starts dropout's noise anew from where the run is, so that a resume repeats it."""
+        if (lora := lora_of(self.policy)) is not None and lora["dropout"] > 0:
+            place = self.ledger.updates, batch_idx, self.trainer.global_rank
+            torch.manual_seed(derive_seed(self.noise_seed, "dropout", *place))
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         scores = self.forward_scores(batch)
         if not self.scores_old:
-            batch.old_logprobs = scores["logprobs"].detach()
+            batch = batch.replaced(old_logprobs=scores["logprobs"].detach())
             self.watch_training_pass(batch)
         loss = self.total_loss(scores, batch)
         self.means.update(loss.metrics, batch.weights.sum())
         self.divisor = batch.divisor
         return loss.loss_sum * self.loss_scale(batch)
+
+    def watch_training_pass(self, batch: RolloutBatch) -> None:
+        """Compares engine and trainer where old log-probs come from the training pass."""
+        accumulate, lora = self.trainer.accumulate_grad_batches, lora_of(self.policy)
+        over = self.gap_watch.note_training_pass(batch, accumulate)
+        if over and (lora is None or not lora["dropout"]):  # dropout moves log-probs by itself
+            self.gap_watch.check(self)
 
     def total_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput:
         """The policy's loss with what is added to it: KL, entropy, the critic's loss."""
@@ -389,14 +495,52 @@ class PolicyAlgorithm(ScoringModule):
             return 0.0
         return self.trainer.world_size * self.trainer.accumulate_grad_batches / batch.divisor
 
+    def gap(self) -> dict[str, float]:
+        """`rlzoo.diagnosis.causes.gap_figures` of the rollout step so far, over all ranks; collective."""
+        return self.gap_watch.figures()
 
-def check_zero_one(rollouts: Rollouts) -> None:
-    """Raises a UserError for a reward outside [0, 1], which would not land on [-1, 1]."""
-    inside = (rollouts.rewards >= 0) & (rollouts.rewards <= 1)
-    for i in (~inside).nonzero()[:1, 0].tolist():
-        prompt = rollouts.prompts[int(rollouts.group_ids[i])]
-        raise UserError(
-            f"algo.reward_scale=plus_minus_one takes rewards from [0, 1] to [-1, 1], but prompt"
-            f" {prompt.id} has one of {float(rollouts.rewards[i]):g}. Set"
-            " algo.reward_scale=zero_one, which leaves rewards as they are."
-        )
+    # --- optimizer steps --------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer_factory(self.parameter_groups())
+        if self.scheduler_factory is None:
+            return {"optimizer": optimizer}
+        schedule = self.scheduler_factory(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, each with its name; a group may set its own `lr`."""
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        return [{"name": "policy", "params": parameters}]
+
+    @property
+    def frozen_groups(self) -> tuple[str, ...]:
+        """Names of the parameter groups that the update in progress leaves as they are."""
+        return ()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips each parameter group by its norm, or drops all gradients, so that the optimizer
+        does nothing. Under DeepSpeed the strategy does that, where the gradients are."""
+        if getattr(optimizer, "settles_updates", False):
+            return
+        limit = clip_limit(gradient_clip_val, gradient_clip_algorithm)
+        if self.settle_update(clipped_norms(optimizer, limit, self.frozen_groups)):
+            optimizer.zero_grad(set_to_none=True)
+
+    def settle_update(self, norms: dict[str, float]) -> str | None:
+        """Books an update and says why it must be skipped, or None; see `UpdateWatch`."""
+        return self.update_watch.settle(norms, self.divisor, self.ledger)
+
+    @property
+    def grad_norms(self) -> list[dict[str, float]]:
+        """Of each update that was made, by parameter group, before clipping."""
+        return self.update_watch.grad_norms
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if not self.update_watch.skipped:
+            scheduler.step()

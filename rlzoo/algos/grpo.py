@@ -4,14 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
-from rlzoo.algos.clipped import ClippedPolicyAlgorithm
+from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.errors import UserError, check_acts, check_choice
 from rlzoo.learning.advantages import group_advantages, split_groups
 from rlzoo.learning.selection import mixed_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 
-class GRPO(ClippedPolicyAlgorithm):
+class GRPO(PolicyAlgorithm):
     """Group Relative Policy Optimization (arXiv:2402.03300).
 
     Trains on every rollout, credits each with its reward standardised within its group, and
@@ -48,24 +48,15 @@ class GRPO(ClippedPolicyAlgorithm):
             )
         self.scale_by_std, self.singleton, self.group_size = scale_by_std, singleton, group_size
         self.mixed_groups_only = mixed_groups_only
+        self.can_reject = self.overlong_filter or mixed_groups_only
+        self.smallest_group = 2 if singleton == "zero" or mixed_groups_only else 1
+        self.scale_free = scale_by_std and singleton == "zero"
         if self.rejected == "zero" and not self.shapes_rewards and singleton == "zero":
             why = "with algo.rejected=zero such groups stay, and their advantages are 0 in any case"
             check_acts("algo.mixed_groups_only", mixed_groups_only, False, f"{why} (DAPO: drop)")
         if mixed_groups_only and group_size is None:
             why = "algo.mixed_groups_only=true rejects groups of one"
             check_acts("algo.singleton", singleton, "zero", why)
-
-    @property
-    def smallest_group(self) -> int:
-        return 2 if self.singleton == "zero" or self.mixed_groups_only else 1
-
-    @property
-    def can_reject(self) -> bool:
-        return self.overlong_filter or self.mixed_groups_only
-
-    @property
-    def scale_free(self) -> bool:
-        return self.scale_by_std and self.singleton == "zero"
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         groups = rollouts.group_ids

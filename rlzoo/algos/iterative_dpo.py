@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,10 +31,10 @@ class IterativeDPO(PolicyAlgorithm):
             code does where rewards have more than two values.
     """
 
+    has_ratio = False
     uses_reward_values = False
     uses_advantages = False
     smallest_group = 2
-    can_reject = True  # what is in no pair
 
     def __init__(
         self,
@@ -52,7 +51,8 @@ class IterativeDPO(PolicyAlgorithm):
     ) -> None:
         check_choice("algo.loss", loss, ("sigmoid", "ipo"))
         check_choice("algo.reference", reference, ("iteration_start", "initial"))
-        self.needs_reference_always = reference == "initial"
+        if reference == "initial":
+            self.scores = ("old_logprobs", "ref_logprobs")
         super().__init__(policy, optimizer, **shared)
         if self.aggregation != "seq_mean_token_mean":
             raise UserError(
@@ -74,16 +74,13 @@ class IterativeDPO(PolicyAlgorithm):
         self.nll_coef, self.reference = nll_coef, reference
         self.chosen_must_be_correct = chosen_must_be_correct
 
-    def units(self, rollouts: Rollouts) -> Sequence[Sequence[int]]:
+    def select(self, rollouts: Rollouts) -> list[tuple[int, int]]:
         """(chosen, rejected) of each prompt that has a pair."""
-        pairs = best_and_worst(
+        return best_and_worst(
             rollouts.rewards,
             rollouts.group_ids,
             chosen_must_be_correct=self.chosen_must_be_correct,
         )
-        if self.overlong_filter:
-            pairs = [pair for pair in pairs if not rollouts.truncated[list(pair)].any()]
-        return pairs
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         return torch.zeros(len(rollouts))  # the loss has none

@@ -1,23 +1,22 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlzoo.algos.clipped import ClippedPolicyAlgorithm
+from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.learning.advantages import generalized_advantages, whiten
 from rlzoo.learning.losses import LossOutput, value_loss
 from rlzoo.models.critic import Critic
 from rlzoo.models.logits import hidden_size
 from rlzoo.models.logprobs import response_hidden, response_scores, spread
-from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
+from rlzoo.types import Credit, OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 
 
-class PPO(ClippedPolicyAlgorithm):
+class PPO(PolicyAlgorithm):
     """Proximal Policy Optimization with a critic (arXiv:1707.06347).
 
     Trains on every rollout, credits each token by generalized advantage estimation from the
@@ -37,7 +36,10 @@ class PPO(ClippedPolicyAlgorithm):
         value_clip: half width around the old values; null does not clip. Released code: 0.5.
     """
 
-    credits_tokens = True
+    scores = ("old_logprobs", "values")
+    credit_scores = ("values",)
+    splits_kl = True
+    critic: Critic
 
     def __init__(
         self,
@@ -68,8 +70,6 @@ class PPO(ClippedPolicyAlgorithm):
         self.critic_kind, self.critic_lr, self.critic_warmup = critic, critic_lr, critic_warmup
         self.gamma, self.lam, self.whiten_advantages = gamma, lam, whiten_advantages
         self.value_coef, self.value_clip = value_coef, value_clip
-        self.critic: Critic | None = None
-        self.warming_up = False
 
     def build_models(self) -> None:
         super().build_models()
@@ -90,22 +90,10 @@ class PPO(ClippedPolicyAlgorithm):
         values = self.critic(batch, hidden)
         return scores._asdict() | {"values": spread(values, batch.response_mask)}
 
-    def score_batch(self, batch: RolloutBatch, old: bool) -> dict[str, Tensor]:
-        scores = self.forward_scores(batch)
-        kept = super().score_batch(batch, old=False)
-        return kept | {"old_logprobs": scores["logprobs"], "values": scores["values"]}
-
-    def prepare(
-        self, rollouts: Rollouts, on_progress: Callable[[int], None] = lambda n: None
-    ) -> list[RolloutBatch]:
-        self.warming_up = rollouts.rollout_step < self.critic_warmup
-        return super().prepare(rollouts, on_progress)
-
-    def compute_advantages(self, rollouts: Rollouts) -> list[Tensor]:
-        """N x [L]; also leaves `returns` with the rollouts' scores."""
+    def compute_advantages(self, rollouts: Rollouts) -> Credit:
+        """Of each token, N x [L]; with `returns`, what the critic's values should have been."""
         if not len(rollouts):
-            rollouts.scores["returns"] = []
-            return []
+            return Credit([], {"returns": []})
         lengths = rollouts.lengths
         values = pad_sequence(rollouts.scores["values"], batch_first=True)  # [N, T]
         mask = torch.arange(values.shape[1]) < lengths[:, None]
@@ -115,10 +103,10 @@ class PPO(ClippedPolicyAlgorithm):
             token_rewards -= pad_sequence(self.kl_penalties(rollouts), batch_first=True)
         credit = generalized_advantages(token_rewards, values, mask, gamma=self.gamma, lam=self.lam)
         unpad = lambda x: [row[:n] for row, n in zip(x, lengths.tolist(), strict=True)]  # noqa: E731
-        rollouts.scores["returns"] = unpad(credit.returns)
-        if self.whiten_advantages:
-            return unpad(whiten(credit.advantages, mask))
-        return unpad(credit.advantages)
+        advantages = (
+            whiten(credit.advantages, mask) if self.whiten_advantages else credit.advantages
+        )
+        return Credit(unpad(advantages), {"returns": unpad(credit.returns)})
 
     def auxiliary_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput:
         loss_sum, metrics = value_loss(
@@ -134,4 +122,4 @@ class PPO(ClippedPolicyAlgorithm):
 
     @property
     def frozen_groups(self) -> tuple[str, ...]:
-        return ("policy",) if self.warming_up else ()
+        return ("policy",) if self.rollout_step < self.critic_warmup else ()

@@ -18,7 +18,8 @@ class RAFT(PolicyAlgorithm):
     the share of correct tokens.
     """
 
-    needs_old_logprobs = False
+    scores = ()
+    has_ratio = False
     uses_reward_values = False
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:

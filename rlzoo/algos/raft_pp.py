@@ -3,12 +3,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlzoo.algos.clipped import ClippedPolicyAlgorithm
+from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.learning.selection import correct
 from rlzoo.types import Rollouts
 
 
-class RAFTPlusPlus(ClippedPolicyAlgorithm):
+class RAFTPlusPlus(PolicyAlgorithm):
     """RAFT++ (arXiv:2504.11343 Eq. 6): RAFT with importance ratio and clipping.
 
     Trains on the correct rollouts alone, credits each with 1, and minimises the clipped surrogate.

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlzoo.algos.clipped import ClippedPolicyAlgorithm
+from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.errors import check_acts, check_choice
 from rlzoo.learning.advantages import group_advantages, group_stats
 from rlzoo.learning.selection import solved_groups, unsolved_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 
-class Reinforce(ClippedPolicyAlgorithm):
+class Reinforce(PolicyAlgorithm):
     """Reinforce with importance ratio and clipping (arXiv:2504.11343 section 5.1), and the
     ablations that lead from it to GRPO.
 
@@ -42,29 +42,16 @@ class Reinforce(ClippedPolicyAlgorithm):
         check_choice("algo.baseline", baseline, ("none", "mean"))
         self.baseline, self.scale_by_std = baseline, scale_by_std
         self.drop_solved, self.drop_unsolved = drop_solved, drop_unsolved
+        self.can_reject = self.overlong_filter or drop_solved or drop_unsolved
+        self.smallest_group = 2 if baseline == "mean" else 1
+        self.scale_free = baseline == "mean" and scale_by_std
+        self.blames = self.shapes_rewards or (self.reward_scale, baseline) != ("zero_one", "none")
         if baseline == "mean" and self.rejected == "zero" and not self.shapes_rewards:
             why = (
                 "with algo.rejected=zero and algo.baseline=mean their advantages are 0 in any case"
             )
             check_acts("algo.drop_solved", drop_solved, False, why)
             check_acts("algo.drop_unsolved", drop_unsolved, False, why)
-
-    @property
-    def smallest_group(self) -> int:
-        return 2 if self.baseline == "mean" else 1
-
-    @property
-    def can_reject(self) -> bool:
-        return self.overlong_filter or self.drop_solved or self.drop_unsolved
-
-    @property
-    def scale_free(self) -> bool:
-        return self.baseline == "mean" and self.scale_by_std
-
-    @property
-    def blames(self) -> bool:
-        zero_one = self.reward_scale == "zero_one" and self.baseline == "none"
-        return not zero_one or self.shapes_rewards
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         rewards, groups = rollouts.rewards, rollouts.group_ids

@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rlzoo.algos.clipped import ClippedPolicyAlgorithm
+from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.errors import check_choice
 from rlzoo.learning.advantages import group_advantages, whiten
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 
-class ReinforcePPBaseline(ClippedPolicyAlgorithm):
+class ReinforcePPBaseline(PolicyAlgorithm):
     """Reinforce++-baseline (arXiv:2501.03262): a group's mean as baseline, one global scale.
 
     Trains on every rollout, credits each with its reward minus its group's mean, whitened over all
@@ -30,15 +30,8 @@ class ReinforcePPBaseline(ClippedPolicyAlgorithm):
     ) -> None:
         super().__init__(policy, optimizer, **shared)
         check_choice("algo.singleton", singleton, ("zero", "reward"))
-        self.singleton = singleton
-
-    @property
-    def smallest_group(self) -> int:
-        return 2 if self.singleton == "zero" else 1
-
-    @property
-    def scale_free(self) -> bool:
-        return self.singleton == "zero"
+        self.singleton, self.smallest_group = singleton, 2 if singleton == "zero" else 1
+        self.scale_free = singleton == "zero"
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         advantages = group_advantages(

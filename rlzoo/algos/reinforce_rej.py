@@ -30,12 +30,10 @@ class ReinforceRej(Reinforce):
         **shared: Any,
     ) -> None:
         super().__init__(policy, optimizer, scale_by_std=scale_by_std, **shared)
+        self.can_reject, self.smallest_group = True, 2
         for key in ("drop_solved", "drop_unsolved"):
             why = "Reinforce-Rej rejects groups without contrast, both kinds"
             check_acts(f"algo.{key}", getattr(self, key), False, why)
-
-    smallest_group = 2
-    can_reject = True
 
     def select(self, rollouts: Rollouts) -> Tensor:
         return mixed_groups(rollouts.rewards, rollouts.group_ids)

@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rlzoo.algos.clipped import ClippedPolicyAlgorithm
+from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.errors import check_choice
 from rlzoo.learning.advantages import leave_one_out_advantages
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 
-class RLOO(ClippedPolicyAlgorithm):
+class RLOO(PolicyAlgorithm):
     """Reinforce leave-one-out (arXiv:2402.14740): the baseline is the mean of the other rollouts.
 
     Trains on every rollout, credits each with its reward minus the mean reward of the rest of its
@@ -31,11 +31,7 @@ class RLOO(ClippedPolicyAlgorithm):
     ) -> None:
         super().__init__(policy, optimizer, **shared)
         check_choice("algo.singleton", singleton, ("zero", "reward"))
-        self.singleton = singleton
-
-    @property
-    def smallest_group(self) -> int:
-        return 2 if self.singleton == "zero" else 1
+        self.singleton, self.smallest_group = singleton, 2 if singleton == "zero" else 1
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:
         return leave_one_out_advantages(

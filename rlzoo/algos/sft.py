@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlzoo.learning.metrics import WeightedMeans
-from rlzoo.learning.scoring import ScoringModule
+from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.ranks.exchange import all_gather
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch
 from rlzoo.values import AtLeast0, AtLeast1
 
 
-class SFT(ScoringModule):
+class SFT(PolicyAlgorithm):
     """Supervised fine-tuning on written solutions: minimises the mean -log pi per solution token.
 
     A module of its own with an ordinary loader (`rlzoo.data.sft`): no engine, no rewards, no
@@ -39,23 +38,16 @@ class SFT(ScoringModule):
             policy,
             optimizer,
             scheduler,
-            needs_reference=False,
-            temperature=1.0,
             max_tokens_per_microbatch=max_tokens_per_microbatch,
-            max_logprob_gap=1.0,  # no engine to differ from
-            pad_token_id=0,  # the loader pads
             max_skipped_updates=max_skipped_updates,
         )
-        self.means = WeightedMeans()  # of the step, over tokens
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         scores = self.forward_scores(batch)
         self.divisor = batch.divisor
         loss_sum = -(batch.weights * scores["logprobs"]).sum()
         self.means.update({"loss": loss_sum.detach()}, batch.weights.sum())
-        # The strategy averages over ranks, Lightning over microbatches; the divisor counts all.
-        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return loss_sum * (parts / batch.divisor if batch.divisor else 0.0)
+        return loss_sum * self.loss_scale(batch)
 
     @torch.no_grad()
     def mean_loss(self, batches: list[RolloutBatch]) -> float:
@@ -69,7 +61,7 @@ class SFT(ScoringModule):
         try:
             for batch in batches:
                 batch = batch.to(self.device)
-                with self.trainer.precision_plugin.forward_context():  # as in training
+                with self.in_training():
                     scores = self.forward_scores(batch)
                 total -= float((batch.weights * scores["logprobs"]).sum())
                 weight += float(batch.weights.sum())

@@ -27,10 +27,8 @@ from transformers import PreTrainedModel
 from rlzoo.bench._tiny_models import families, tiny_model
 from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.decoding import CachedDecoder
-from rlzoo.engines.probe import as_rollouts
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
-from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.checks import mode
 from rlzoo.models.gather import load_whole
 from rlzoo.models.gradnorms import head_gradient_norm
@@ -38,7 +36,7 @@ from rlzoo.models.loading import some
 from rlzoo.models.logits import transform_of
 from rlzoo.models.logprobs import response_hidden, response_scores, token_scores
 from rlzoo.models.policy import load_policy
-from rlzoo.types import RolloutBatch
+from rlzoo.types import BatchRow, RolloutBatch, collate
 
 LIMIT = 1e-4  # nats between rlzoo's log-prob of a token and the model's own forward
 LENGTHS = (17, 5, 11)  # tokens of the sequences that are scored
@@ -155,7 +153,7 @@ def loader(folder: Path) -> tuple[partial[PreTrainedModel], str]:
 def sequences_of(policy: PreTrainedModel) -> RolloutBatch:
     draw = torch.Generator().manual_seed(7)
     ids = [torch.randint(2, 60, (length,), generator=draw).tolist() for length in LENGTHS]
-    return collate(as_rollouts(ids), Plan(list(range(len(ids))), torch.ones(len(ids)), 1.0), 1)
+    return collate([BatchRow(row[:1], torch.tensor(row[1:])) for row in ids], 1)
 
 
 @torch.no_grad()

@@ -43,7 +43,6 @@ from rlzoo.allocators.gvm import gvm_budgets, gvm_weights
 from rlzoo.data.shares import Piece, share_out
 from rlzoo.errors import check_at_least
 from rlzoo.learning.microbatching import balance, plan_microbatches
-from rlzoo.types import Prompt, Rollouts
 
 LIMIT, PILOTS, LARGEST = 4096, 8, 150  # tokens; responses; responses
 ATTENTION = 12 * 1536  # sequence length at which attention costs as much as the rest
@@ -99,24 +98,6 @@ def skewed_budgets(accept_rates: np.ndarray, norms: np.ndarray, total: int) -> l
     return [*budgets[:heaviest], LARGEST, *budgets[heaviest:]]
 
 
-def as_rollouts(step: Step, seed: int) -> Rollouts:
-    sizes = torch.tensor(step.budgets)
-    num, nothing = int(sizes.sum()), torch.zeros(1)
-    return Rollouts(
-        prompts=[
-            Prompt(f"p{i}", "", "", token_ids=(0,) * n) for i, n in enumerate(step.prompt_tokens)
-        ],
-        group_ids=torch.arange(len(sizes)).repeat_interleave(sizes),
-        responses=[nothing.expand(int(n)) for group in step.lengths for n in group],
-        sampler_logprobs=[],
-        truncated=torch.zeros(num, dtype=torch.bool),
-        rewards=torch.zeros(num),
-        verdicts=torch.zeros(num, dtype=torch.int8),
-        policy_version=0,
-        rollout_step=seed,
-    )
-
-
 # --- update phase -------------------------------------------------------------------------------
 
 
@@ -130,14 +111,21 @@ def waiting(loads: Tensor) -> float:
     return float(loads.amax(0).sum() / loads.mean(0).sum())
 
 
-def update_phase(rollouts: Rollouts, ranks: int, accumulate: int, updates: int) -> dict[str, float]:
+def update_phase(
+    step: Step, seed: int, ranks: int, accumulate: int, updates: int
+) -> dict[str, float]:
     """Slowest over mean, by what is waited for."""
     tokens, padded, attention = torch.zeros(3, ranks, updates * accumulate, dtype=torch.double)
-    sizes = [rollouts.num_tokens(i) for i in range(len(rollouts))]
+    lengths = torch.tensor([int(n) for group in step.lengths for n in group])
+    prompts = [
+        n for n, budget in zip(step.prompt_tokens, step.budgets, strict=True) for _ in range(budget)
+    ]
+    sizes = [prompt + length for prompt, length in zip(prompts, lengths.tolist(), strict=True)]
     for rank in range(ranks):
         plans = plan_microbatches(
-            rollouts,
-            [[i] for i in range(len(rollouts))],
+            [[i] for i in range(len(sizes))],
+            lengths,
+            sizes,
             updates=updates,
             accumulate=accumulate,
             rank=rank,
@@ -145,6 +133,7 @@ def update_phase(rollouts: Rollouts, ranks: int, accumulate: int, updates: int) 
             aggregation="token_mean",
             max_length=LIMIT,
             seed=0,
+            rollout_step=seed,
         )
         for place, plan in enumerate(plans):
             mine = torch.tensor([sizes[i] for i in plan.rollouts], dtype=torch.double)
@@ -235,10 +224,9 @@ def main(argv: list[str]) -> None:
     for name in DISTRIBUTIONS:
         for seed in range(args.seeds):
             step = make_step(name, args.prompts, args.responses, seed)
-            rollouts = as_rollouts(step, seed)
             for accumulate in ACCUMULATE:
                 for updates in UPDATES:
-                    found = update_phase(rollouts, args.ranks, accumulate, updates)
+                    found = update_phase(step, seed, args.ranks, accumulate, updates)
                     update.setdefault((name, accumulate, updates), []).append(found)
             for way, figures in sampling_phase(step, args.ranks).items():
                 sampling.setdefault((name, way), []).append(figures)

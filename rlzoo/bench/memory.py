@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from rlzoo.learning.optimization import OptimizationModule
+from rlzoo.algos import PolicyAlgorithm
 from rlzoo.report.ledger import Ledger
 from rlzoo.strategies import FSDP, DeepSpeed, ddp
 
@@ -91,7 +91,7 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-class Measured(OptimizationModule):
+class Measured(PolicyAlgorithm):
     """One language-modelling step, with a look at memory at three moments of it."""
 
     def __init__(self, folder: str) -> None:

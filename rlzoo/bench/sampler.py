@@ -32,14 +32,12 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from rlzoo.engines.base import Engine, Request, Response, SamplingParams
-from rlzoo.engines.probe import as_rollouts
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.engines.vllm import VLLMEngine
-from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.loading import TINY
 from rlzoo.models.logprobs import response_scores
 from rlzoo.models.policy import eos_token_ids, load_policy, load_tokenizer
-from rlzoo.types import Prompt
+from rlzoo.types import BatchRow, collate
 
 PROMPTS, LARGEST = 256, 16
 SYNCS, CYCLES = 20, 50
@@ -143,9 +141,7 @@ def gap(policy: PreTrainedModel, engine: Engine) -> dict[str, float]:
 
 @torch.no_grad()
 def gap_of(policy: PreTrainedModel, prompt: tuple[int, ...], response: Response) -> torch.Tensor:
-    rollouts = as_rollouts([[prompt[0], *response.token_ids.tolist()]])
-    rollouts.prompts = [Prompt("0", "", "", token_ids=prompt)]
-    batch = collate(rollouts, Plan([0], torch.ones(1), 1.0), PAD)
+    batch = collate([BatchRow(prompt, response.token_ids)], PAD)
     return (response_scores(policy, batch, 1.0).logprobs[0] - response.logprobs).abs()
 
 

@@ -6,7 +6,7 @@ from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.callbacks.state import Run
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.diagnosis.causes import EXACT, Evidence, verdict
-from rlzoo.diagnosis.suspects import probe, setting_of
+from rlzoo.diagnosis.probe import probe, setting_of
 
 
 class Diagnosed(Exception):
@@ -44,7 +44,7 @@ class Doctor(Callback):
         figures = algo.gap()
         if figures:
             close = figures["logprob_gap/mean"] <= EXACT
-            cause = "" if close else algo.cause_of_gap(run.rollouts)
+            cause = "" if close else algo.gap_watch.cause(algo)
             run.bars.print_line(verdict(figures, cause, algo.max_logprob_gap))
         if self.stop:
             raise Diagnosed

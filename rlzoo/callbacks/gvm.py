@@ -8,15 +8,14 @@ from rlzoo.callbacks.replan import Replan
 from rlzoo.callbacks.state import Run
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.errors import UserError
-from rlzoo.learning.microbatching import Plan, collate
-from rlzoo.learning.scoring import chunked
+from rlzoo.learning.microbatching import of_like_length
 from rlzoo.learning.selection import correct
 from rlzoo.models.gather import gathered_in_place, through
 from rlzoo.models.gradnorms import head_gradient_norms
 from rlzoo.models.logits import transform_of
 from rlzoo.models.logprobs import response_hidden
 from rlzoo.ranks.exchange import all_gather, world
-from rlzoo.types import Prompt, RolloutBatch, Rollouts
+from rlzoo.types import Prompt, RolloutBatch, Rollouts, collate
 from rlzoo.values import AtLeast1, PathText
 
 
@@ -110,11 +109,10 @@ def gradient_norms(
     rank, world_size = world()
     device = policy.get_output_embeddings().weight.device
     mine: dict[int, float] = {}
-    for chunk in chunked(rollouts, indices, max_tokens, world_size)[rank::world_size]:
-        plan = Plan(chunk, torch.ones(len(chunk)), 1.0)
-        batch = collate(rollouts, plan, pad_token_id=0).to(device)
+    for members in of_like_length(rollouts, indices, max_tokens, world_size)[rank::world_size]:
+        batch = collate(rollouts.rows(members)).to(device)
         norms = through(policy, head_norms, policy, batch, temperature)
-        mine |= dict(zip(chunk, norms.tolist(), strict=False))  # an empty chunk has one blank row
+        mine |= dict(zip(members, norms.tolist(), strict=False))  # where blank, one row more
     found = {i: norm for part in all_gather(mine) for i, norm in part.items()}
     return torch.tensor([found[i] for i in indices], dtype=torch.float32)
 

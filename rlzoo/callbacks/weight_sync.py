@@ -11,7 +11,7 @@ from rlzoo.callbacks.broken import refuse_broken
 from rlzoo.callbacks.state import Run
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.diagnosis.causes import on_probe
-from rlzoo.diagnosis.suspects import probe, setting_of
+from rlzoo.diagnosis.probe import probe, setting_of
 from rlzoo.engines.base import Engine, weights_checksum
 from rlzoo.errors import check_choice
 from rlzoo.ranks.exchange import all_gather

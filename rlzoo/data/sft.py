@@ -18,12 +18,11 @@ from rlzoo.data.leaks import tell_shared
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import accepted
 from rlzoo.errors import UserError, check_choice
-from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.limits import check_examples, limits_of
 from rlzoo.ranks.exchange import world
 from rlzoo.report.ledger import Limits
 from rlzoo.rng import derive_seed
-from rlzoo.types import Prompt, RolloutBatch, Rollouts
+from rlzoo.types import BatchRow, Prompt, RolloutBatch, collate
 from rlzoo.values import AtLeast1, PathText, Seed
 
 Pair = tuple[str, str] | tuple[Sequence[int], Sequence[int]]  # question and solution, or token ids
@@ -222,21 +221,9 @@ class SFTDataModule(lightning.LightningDataModule):
         rank: int,
         world_size: int,
     ) -> RolloutBatch:
-        num = len(prompts)
-        rollouts = Rollouts(
-            prompts=prompts,
-            group_ids=torch.arange(num),
-            responses=responses,
-            sampler_logprobs=[torch.zeros(len(r)) for r in responses],
-            truncated=torch.zeros(num, dtype=torch.bool),
-            rewards=torch.zeros(num),
-            verdicts=torch.zeros(num, dtype=torch.int8),
-            policy_version=0,
-            rollout_step=0,
-        )
-        rows = list(range(rank, num, world_size))
-        plan = Plan(rows, torch.ones(len(rows)), divisor)
-        return collate(rollouts, plan, self.tokenizer.pad_token_id)
+        pairs = zip(prompts[rank::world_size], responses[rank::world_size], strict=True)
+        rows = [BatchRow(prompt.token_ids, response) for prompt, response in pairs]
+        return collate(rows, self.tokenizer.pad_token_id, divisor)
 
     def updates(self, accumulate: int) -> Iterator[list[RolloutBatch]]:
         """This rank's microbatches of each update of the next block; the corpus wraps."""

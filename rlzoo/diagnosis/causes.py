@@ -166,7 +166,7 @@ def likely_cause(
 
     Args:
         gaps: of each rollout, [L] in order of its tokens.
-        probe_gap: mean gap of `rlzoo.engines.probe` at temperature 1, where it was asked for.
+        probe_gap: mean gap of `rlzoo.diagnosis.probe` at temperature 1, where it was asked for.
         probe_limit: mean gap of the probe that number formats alone can explain.
         setting: what is known of both sides.
         found: of `rlzoo.diagnosis.suspects.suspects`.

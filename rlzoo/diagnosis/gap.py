@@ -7,9 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from rlzoo.diagnosis.causes import gap_figures
+from rlzoo.diagnosis.causes import Setting, gap_figures, not_finite
+from rlzoo.diagnosis.probe import Trainee
+from rlzoo.diagnosis.suspects import sample_of, suspects
+from rlzoo.errors import UserError
 from rlzoo.ranks.exchange import all_gather
-from rlzoo.types import Rollouts
+from rlzoo.types import RolloutBatch, Rollouts
 
 LATER = 5.0  # times the first step's gap that a later one may have, where that is over the limit
 
@@ -34,6 +37,7 @@ class GapWatch:
         self.rollouts, self.microbatches = rollouts, 0  # trained so far
         self.gaps: list[Tensor] = []  # [tokens] each, nats, of this rank
         self.odd = [0, 0]  # log-probs that are not finite, of the trainer and of the engine
+        self.odd_anywhere = [0, 0]  # the same over all ranks, once `figures` has been called
         self._figures: dict[str, float] | None = None
 
     def note(self, logprobs: Tensor, sampler_logprobs: Tensor) -> None:
@@ -42,6 +46,23 @@ class GapWatch:
             self.odd[i] += int((~mine.isfinite()).sum())
         self.gaps.append((logprobs - sampler_logprobs).abs().float().cpu())
         self._figures = None
+
+    def note_training_pass(self, batch: RolloutBatch, accumulate: int) -> bool:
+        """Notes the gap of a step whose old log-probs come from the training pass.
+
+        That is the gap of its first update; later ones have other weights than the engine had.
+
+        Args:
+            accumulate: microbatches of an update.
+
+        Returns:
+            Whether the step is over and was drawn by the engine, so that its gap can be checked.
+        """
+        self.microbatches += 1
+        if self.microbatches <= accumulate:
+            mask = batch.response_mask
+            self.note(batch.old_logprobs[mask], batch.sampler_logprobs[mask])
+        return batch.last and self.rollouts is not None and not self.rollouts.replayed
 
     def figures(self) -> dict[str, float]:
         """`gap_figures` of the rollout step so far, over all ranks; collective if tokens were
@@ -76,6 +97,46 @@ class GapWatch:
         if self.first is None and not math.isnan(mean):
             self.first = mean
         return None
+
+    def check(self, module: Trainee) -> None:
+        """Stops the run if the engine draws from another policy than the trainer's; collective.
+
+        Raises:
+            UserError: `too_far`, on every rank.
+        """
+        rollouts = self.rollouts
+        first = rollouts is None or rollouts.rollout_step == 0
+        if self.too_far(first) is None:
+            return
+        if any(self.odd_anywhere):
+            (ours, theirs), weights = self.odd_anywhere, module.named_weights()
+            broken = [name for name, weight in weights if not weight.isfinite().all()]
+            raise UserError(not_finite(ours, theirs, broken, module.evidence.setting))
+        since = "" if first else self.since_the_first()
+        raise UserError(
+            f"The engine's log-probs differ from the trainer's by"
+            f" {self.figures()['logprob_gap/mean']:.3g} nats a token on average"
+            f" (algo.max_logprob_gap={self.limit}): the policy would be trained on another model's"
+            f" rollouts.{since} Likely cause: {self.cause(module)}."
+        )
+
+    def cause(self, module: Trainee) -> str:
+        """`rlzoo.diagnosis.causes.likely_cause`, rank 0's on every rank; collective."""
+        flat = torch.cat([torch.zeros(0), *self.gaps])
+        gaps, found = list(torch.split(flat, 2)), []  # no place in a response is known
+        if self.rollouts is not None:
+            old = self.rollouts.scores.get("old_logprobs", [])
+            pairs = zip(old, self.rollouts.sampler_logprobs, strict=bool(old))
+            gaps = [(ours - theirs).abs() for ours, theirs in pairs if len(ours)] or gaps
+            found = suspects(
+                module.policy,
+                sample_of(self.rollouts),
+                module.temperature,
+                module.evidence.setting or Setting(),
+                module.in_training,
+            )
+        causes: list[str] = all_gather(module.evidence.cause(gaps, found, module.temperature))
+        return causes[0]
 
     def since_the_first(self) -> str:
         return (

@@ -6,32 +6,22 @@ experiment is a forward pass over a few hundred tokens; collective where weights
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
-from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from rlzoo.diagnosis.causes import EXACT, Probe, Setting, Suspect
-from rlzoo.engines.base import Engine, SamplingParams, weights_checksum
-from rlzoo.engines.probe import (
-    PROBE_TOLERANCE,
-    as_rollouts,
-    probe_sequences,
-    tolerance,
-    trainer_scores,
-)
+from rlzoo.diagnosis.causes import EXACT, Setting, Suspect
+from rlzoo.engines.base import SamplingParams
 from rlzoo.engines.transformers import truncated
-from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.gather import through
 from rlzoo.models.logits import transform_of
 from rlzoo.models.logprobs import response_hidden
 from rlzoo.models.lora import adapters_off, lora_of
-from rlzoo.types import Prompt, RolloutBatch, Rollouts
+from rlzoo.types import BatchRow, RolloutBatch, Rollouts, collate
 
 ROLLOUTS, TOKENS = 8, 32  # compared: so many rollouts, so many tokens of each
 FITTED = 64  # tokens that a fit looks at
@@ -39,35 +29,26 @@ GRID = 33  # values tried before a fit is narrowed down
 NARROWINGS = 40  # steps of golden section
 
 
-class Sample(NamedTuple):
-    """A few tokens with what the engine said of them."""
-
-    rollouts: Rollouts
-    theirs: Tensor  # [M] log-probs of the engine, nats
-
-
-def sample_of(rollouts: Rollouts) -> Sample:
+def sample_of(rollouts: Rollouts) -> list[BatchRow]:
     """The first tokens of the first rollouts, of different prompts where there are enough."""
     groups = rollouts.group_ids.tolist()
     firsts = {group: i for i, group in reversed(list(enumerate(groups)))}
     order = [*sorted(firsts.values()), *sorted(set(range(len(groups))) - set(firsts.values()))]
     kept = [i for i in order if len(rollouts.responses[i])][:ROLLOUTS]
-    cut = dataclasses.replace(
-        rollouts,
-        prompts=[rollouts.prompts[groups[i]] for i in kept],
-        group_ids=torch.arange(len(kept)),
-        responses=[rollouts.responses[i][:TOKENS] for i in kept],
-        sampler_logprobs=[rollouts.sampler_logprobs[i][:TOKENS] for i in kept],
-        scores={},
-    )
-    theirs = torch.cat([torch.zeros(0), *cut.sampler_logprobs])
-    return Sample(cut, theirs)
+    return [
+        BatchRow(
+            row.prompt_ids,
+            row.response_ids[:TOKENS],
+            {"sampler_logprobs": rollouts.sampler_logprobs[i][:TOKENS]},
+        )
+        for i, row in zip(kept, rollouts.rows(kept), strict=True)
+    ]
 
 
 @torch.no_grad()
 def suspects(
-    policy: nn.Module,
-    rollouts: Rollouts,
+    policy: PreTrainedModel,
+    rows: Sequence[BatchRow],
     temperature: float,
     setting: Setting,
     in_training: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -75,22 +56,24 @@ def suspects(
     """What is left of the gap under each suspicion; empty where there is no token.
 
     Args:
+        rows: a few tokens with the engine's log-probs, from `sample_of`.
         temperature: that the trainer's log-probs are taken at.
         in_training: makes the context of the trainer's passes (`precision_plugin.forward_context`).
     """
-    sample = sample_of(rollouts)
-    if not len(sample.theirs):
+    if not rows:
         return []
+    theirs = torch.cat([torch.as_tensor(row.tokens["sampler_logprobs"]) for row in rows])
     with in_training():
-        logits = logits_of(policy, sample.rollouts)
-    tokens = torch.cat(sample.rollouts.responses).to(logits.device)
-    ours = at_temperature(logits, tokens, temperature)
-    found = [Suspect("none", residual(ours, sample.theirs))]
-    found += of_the_trainer(policy, sample, tokens, temperature, in_training)
-    found += of_number_formats(policy, sample, tokens, temperature, setting)
-    found += of_sampling(logits, tokens, sample.theirs, temperature, setting)
-    found += of_places(ours, sample)
-    found += of_prompts(policy, sample, tokens, temperature, setting, in_training)
+        logits = logits_of(policy, rows)
+    tokens = torch.cat([row.response_ids for row in rows]).to(logits.device)
+    score = lambda logits: at_temperature(logits, tokens, temperature)  # noqa: E731
+    ours = score(logits)
+    found = [Suspect("none", residual(ours, theirs))]
+    found += of_the_trainer(policy, rows, theirs, score, in_training)
+    found += of_number_formats(policy, rows, theirs, score, setting)
+    found += of_sampling(logits, tokens, theirs, temperature, setting)
+    found += of_places(ours, theirs, [len(row.response_ids) for row in rows])
+    found += of_prompts(policy, rows, theirs, score, setting, in_training)
     return found
 
 
@@ -100,112 +83,43 @@ def residual(ours: Tensor, theirs: Tensor) -> float:
     return mean if math.isfinite(mean) else math.inf
 
 
-# --- before the first draw ----------------------------------------------------------------------
-
-
-def setting_of(
-    module: LightningModule,
-    engine: Engine,
-    params: SamplingParams | None = None,
-    bos: int | None = None,
-    autocast: bool = True,
-) -> Setting:
-    """What the configuration says of both sides.
-
-    Args:
-        params: of the run's sampling.
-        bos: the tokenizer's first token, if it has one.
-        autocast: whether the trainer's passes are those of training; otherwise they compute in the
-            dtype of its weights.
-    """
-    weights = next(module.policy.parameters())
-    held = str(weights.dtype).removeprefix("torch.")
-    computes = {"bf16": "bfloat16", "16-": "float16", "tra": "float8"}
-    named = str(module.trainer.precision) if autocast else ""
-    dtype = next((d for start, d in computes.items() if named.startswith(start)), held)
-    if dtype == "float32" and weights.is_cuda and torch.get_float32_matmul_precision() != "highest":
-        dtype = "tf32"
-    return Setting(
-        trainer=dtype,
-        weights=held,
-        engine=engine.dtype,
-        cache=str(getattr(engine, "kv_cache_dtype", "auto")),
-        bos=bos,
-        left_out=left_out_by(params),
-    )
-
-
-def left_out_by(params: SamplingParams | None) -> str:
-    """The keys by which the run itself truncates what it samples from."""
-    if params is None:
-        return ""
-    set_ = {"top_p": params.top_p < 1, "top_k": params.top_k > 0}
-    return " and ".join(f"datamodule.{k}={getattr(params, k)}" for k, on in set_.items() if on)
-
-
-def probe(
-    module: LightningModule,
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    setting: Setting,
-    autocast: bool = True,
-) -> Probe:
-    """Engine against trainer on the probe's tokens; collective where weights are sharded.
-
-    The engine is awake and holds the trainer's weights.
-
-    Args:
-        prompts: the run's, whose tokens are the probe's.
-        setting, autocast: see `setting_of`.
-    """
-    sequences = probe_sequences(module.policy, prompts)
-    rollouts = as_rollouts(sequences, engine.score(sequences))
-    in_training = module.trainer.precision_plugin.forward_context if autocast else nullcontext
-    with in_training():
-        ours = trainer_scores(module.policy, sequences, module.device)
-    gap = residual(torch.cat(ours), torch.cat(rollouts.sampler_logprobs))
-    if gap <= EXACT:
-        return Probe(gap, PROBE_TOLERANCE)
-    found = suspects(module.policy, rollouts, 1.0, setting, in_training)
-    held = engine.checksum()
-    dtype = getattr(torch, engine.dtype)
-    same = held is not None and held == weights_checksum(module.named_weights(), dtype)
-    return Probe(gap, tolerance(setting, found), found, same)
-
-
 # --- one experiment each ----------------------------------------------------------------------
 
 
 def of_the_trainer(
-    policy: nn.Module,
-    sample: Sample,
-    tokens: Tensor,
-    temperature: float,
+    policy: PreTrainedModel,
+    rows: Sequence[BatchRow],
+    theirs: Tensor,
+    score: Callable[[Tensor], Tensor],
     in_training: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[Suspect]:
     """Dropout, which is off in evaluation; adapters that the engine has not."""
     if policy.training:
         with in_training(), evaluating(policy):
-            calm = at_temperature(logits_of(policy, sample.rollouts), tokens, temperature)
-        yield Suspect("dropout", residual(calm, sample.theirs))
+            calm = score(logits_of(policy, rows))
+        yield Suspect("dropout", residual(calm, theirs))
     if lora_of(policy) is not None:
         with in_training(), adapters_off(policy):
-            bare = at_temperature(logits_of(policy, sample.rollouts), tokens, temperature)
-        yield Suspect("adapters", residual(bare, sample.theirs))
+            bare = score(logits_of(policy, rows))
+        yield Suspect("adapters", residual(bare, theirs))
 
 
 def of_number_formats(
-    policy: nn.Module, sample: Sample, tokens: Tensor, temperature: float, setting: Setting
+    policy: PreTrainedModel,
+    rows: Sequence[BatchRow],
+    theirs: Tensor,
+    score: Callable[[Tensor], Tensor],
+    setting: Setting,
 ) -> Iterator[Suspect]:
     """The trainer's passes in float32, and how much half precision alone moves a log-prob here."""
     if setting.exact or setting.weights != "float32":
         return  # of coarser weights nothing finer can be computed
-    with torch.autocast(tokens_device(policy).type, enabled=False):
-        exact = at_temperature(logits_of(policy, sample.rollouts), tokens, temperature)
-    yield Suspect("precision", residual(exact, sample.theirs))
+    with torch.autocast(device_of(policy).type, enabled=False):
+        exact = score(logits_of(policy, rows))
+    yield Suspect("precision", residual(exact, theirs))
     for dtype in {setting.trainer, setting.engine} & {"bfloat16", "float16"}:
-        with torch.autocast(tokens_device(policy).type, dtype=getattr(torch, dtype)):
-            half = at_temperature(logits_of(policy, sample.rollouts), tokens, temperature)
+        with torch.autocast(device_of(policy).type, dtype=getattr(torch, dtype)):
+            half = score(logits_of(policy, rows))
         yield Suspect("rounding", residual(half, exact), dtype)
 
 
@@ -245,10 +159,13 @@ def of_sampling(
         yield Suspect("left_out", math.inf)
 
 
-def of_places(ours: Tensor, sample: Sample) -> Iterator[Suspect]:
-    """Log-probs that stand one token too early or too late."""
-    lengths = [len(response) for response in sample.rollouts.responses]
-    rows = list(zip(ours.split(lengths), sample.theirs.split(lengths), strict=True))
+def of_places(ours: Tensor, theirs: Tensor, lengths: list[int]) -> Iterator[Suspect]:
+    """Log-probs that stand one token too early or too late.
+
+    Args:
+        lengths: tokens of each response, that `ours` and `theirs` hold one after the other.
+    """
+    rows = list(zip(torch.split(ours, lengths), torch.split(theirs, lengths), strict=True))
     if sum(max(0, length - 1) for length in lengths) < 8:
         return
     for name, ours_cut, theirs_cut in (
@@ -261,51 +178,43 @@ def of_places(ours: Tensor, sample: Sample) -> Iterator[Suspect]:
 
 
 def of_prompts(
-    policy: nn.Module,
-    sample: Sample,
-    tokens: Tensor,
-    temperature: float,
+    policy: PreTrainedModel,
+    rows: Sequence[BatchRow],
+    theirs: Tensor,
+    score: Callable[[Tensor], Tensor],
     setting: Setting,
     in_training: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[Suspect]:
     """Prompts with one token more or less than the trainer's."""
     bos = () if setting.bos is None else (setting.bos,)
-    changes = {
+    changes: dict[str, Callable[[Sequence[int]], Sequence[int]]] = {
         "without its first token": lambda ids: ids[1:],
         "without its last token": lambda ids: ids[:-1],
         "with a begin token before it": lambda ids: (*bos, *ids),
         "with its first token twice": lambda ids: (*ids[:1], *ids),
     }
-    if any(len(prompt.token_ids) < 2 for prompt in sample.rollouts.prompts):
+    if any(len(row.prompt_ids) < 2 for row in rows):
         return
     for name, change in changes.items():
-        prompts = [with_tokens(p, change(p.token_ids)) for p in sample.rollouts.prompts]
-        changed = dataclasses.replace(sample.rollouts, prompts=prompts)
+        changed = [row._replace(prompt_ids=change(row.prompt_ids)) for row in rows]
         with in_training():
-            found = at_temperature(logits_of(policy, changed), tokens, temperature)
-        yield Suspect("prompt", residual(found, sample.theirs), name)
+            found = score(logits_of(policy, changed))
+        yield Suspect("prompt", residual(found, theirs), name)
 
 
 # --- passes -------------------------------------------------------------------------------------
 
 
-def with_tokens(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
-    return dataclasses.replace(prompt, token_ids=tuple(token_ids))
-
-
-def tokens_device(policy: nn.Module) -> torch.device:
+def device_of(policy: PreTrainedModel) -> torch.device:
     return next(policy.parameters()).device
 
 
-def logits_of(policy: nn.Module, rollouts: Rollouts) -> Tensor:
+def logits_of(policy: PreTrainedModel, rows: Sequence[BatchRow]) -> Tensor:
     """[M, V] float32 of the model as it is, before any temperature."""
-    count = len(rollouts)
-    plan = Plan(list(range(count)), torch.ones(count), 1.0)
-    batch = collate(rollouts, plan, pad_token_id=0).to(tokens_device(policy))
-    return through(policy, response_logits, policy, batch)
+    return through(policy, response_logits, policy, collate(rows).to(device_of(policy)))
 
 
-def response_logits(policy: nn.Module, batch: RolloutBatch) -> Tensor:
+def response_logits(policy: PreTrainedModel, batch: RolloutBatch) -> Tensor:
     hidden = response_hidden(policy, batch)
     return transform_of(policy)(policy.get_output_embeddings()(hidden).float())
 
@@ -316,7 +225,7 @@ def at_temperature(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
 
 
 @contextmanager
-def evaluating(policy: nn.Module) -> Iterator[None]:
+def evaluating(policy: PreTrainedModel) -> Iterator[None]:
     """Within it, every module is in evaluation; after it as it was."""
     modes = {module: module.training for module in policy.modules()}
     policy.eval()

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version, weights_checksum
 from rlzoo.engines.decoding import choose_decoder
-from rlzoo.engines.probe import trainer_scores
 from rlzoo.engines.shapes import checked_weights
 from rlzoo.errors import check_at_least
 from rlzoo.models.checks import check_placed
+from rlzoo.models.logprobs import sequence_logprobs
 from rlzoo.models.policy import without_lora
 from rlzoo.rng import uniforms
 from rlzoo.types import PolicyFactory
@@ -86,7 +86,7 @@ class TransformersEngine:
         return weights_checksum(self.model.named_parameters())
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        return trainer_scores(self.model, sequences, self.device)
+        return sequence_logprobs(self.model, sequences, self.device)
 
     def sleep(self) -> None:
         if self.device.type != "cpu":

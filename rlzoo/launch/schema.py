@@ -293,9 +293,16 @@ def node_at(parent: DictConfig, name: str) -> Node:
 
 
 def signature_of(target: Callable[..., Any]) -> Signature:
-    """The arguments of a class or function, those that it passes on as `**shared` included."""
+    """The arguments of a class or function, those that it passes on as `**shared` included, but for
+    those that the class says it has no place for."""
     if not inspect.isclass(target):
         return arguments_of(target)
+    left_out = getattr(target, "left_out", tuple)()
+    found, is_open = arguments_of_class(target)
+    return Signature({n: kind for n, kind in found.items() if n not in left_out}, is_open)
+
+
+def arguments_of_class(target: type) -> Signature:
     found: dict[str, Any] = {}
     outside = False  # who knows what a class that is not ours does with its **kwargs
     for base in target.__mro__:

@@ -22,8 +22,9 @@ MOVED = {
     for name in names
 } | {
     "rlzoo.distributed": "rlzoo.ranks.exchange",
-    "rlzoo.rewards.length": "rlzoo.learning.length",
+    "rlzoo.rewards.length": "rlzoo.learning.shaping",
     "rlzoo.allocators.GVM": "rlzoo.allocators.GVMBudgets",
+    "rlzoo.algos.clipped": "rlzoo.algos.base",
 }
 
 

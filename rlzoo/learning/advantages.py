@@ -114,14 +114,14 @@ def whiten(values: Tensor, weights: Tensor, *, epsilon: float = 1e-8) -> Tensor:
     return torch.where(count > 0, (wide - mean) / (variance + epsilon).sqrt(), 0.0).to(values.dtype)
 
 
-class Credit(NamedTuple):
+class TokenCredit(NamedTuple):
     advantages: Tensor  # [N, T]
     returns: Tensor  # [N, T] targets of the critic
 
 
 def generalized_advantages(
     token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 1.0
-) -> Credit:
+) -> TokenCredit:
     """Generalized advantage estimation (arXiv:1506.02438 Eq. 16), and returns A + V.
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with the value after
@@ -143,7 +143,7 @@ def generalized_advantages(
         delta = token_rewards[:, t] + gamma * next_value - values[:, t]
         later = torch.where(mask[:, t], delta + gamma * lam * later, 0.0)
         advantages[:, t], next_value = later, values[:, t]
-    return Credit(advantages, torch.where(mask, advantages + values, 0.0))
+    return TokenCredit(advantages, torch.where(mask, advantages + values, 0.0))
 
 
 def split_groups(group_ids: Tensor, size: int) -> Tensor:

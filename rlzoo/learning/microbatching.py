@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlzoo.rng import derive_seed
-from rlzoo.types import RolloutBatch, Rollouts
+from rlzoo.types import Credit, RolloutBatch, Rollouts, collate
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length")
 
@@ -63,7 +63,7 @@ def balance(costs: Sequence[float], parts: int) -> list[list[int]]:
         Indices into `costs`; a part may be empty.
     """
     split: list[list[int]] = [[] for _ in range(parts)]
-    heap = [(0, part) for part in range(parts)]
+    heap = [(0.0, part) for part in range(parts)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, part = heapq.heappop(heap)
         split[part].append(item)
@@ -96,8 +96,10 @@ class Plan(NamedTuple):
 
 
 def plan_microbatches(
-    rollouts: Rollouts,
     units: Sequence[Sequence[int]],
+    lengths: Tensor,
+    num_tokens: Sequence[int],
+    weights: Tensor | None = None,
     *,
     updates: int,
     passes: int = 1,
@@ -107,24 +109,27 @@ def plan_microbatches(
     aggregation: str,
     max_length: int,
     seed: int,
+    rollout_step: int,
 ) -> list[Plan]:
     """Exactly `passes * updates * accumulate` microbatches for this rank, balanced by tokens.
 
-    Every rank makes the whole plan from the same rollouts and keeps its own part, so divisors
-    need no communication.
+    Every rank makes the whole plan of the same rollouts and keeps its own part, so divisors need
+    no communication.
 
     Args:
         units: indices of the rollouts that train, those that must not be split together.
+        lengths: [N] int64 response tokens of every rollout.
+        num_tokens: N, with the prompts' tokens.
+        weights: [N] float32, what each rollout counts for; None is 1.
         updates: optimizer steps of a pass over the units.
         passes: times that all units are trained on, each time in another order.
         accumulate: microbatches per optimizer step and rank.
     """
-    lengths = rollouts.lengths
-    weights = torch.ones(len(rollouts)) if rollouts.weights is None else rollouts.weights
-    costs = [sum(rollouts.num_tokens(i) for i in unit) for unit in units]
+    weights = torch.ones(len(lengths)) if weights is None else weights
+    costs = [sum(num_tokens[i] for i in unit) for unit in units]
     plans = []
     for pass_ in range(passes):
-        order = derive_seed(seed, "updates", rollouts.rollout_step, pass_)
+        order = derive_seed(seed, "updates", rollout_step, pass_)
         for update in split_updates(len(units), updates, order):
             index = torch.tensor([i for u in update for i in units[u]], dtype=torch.long)
             token = token_weights(lengths[index], weights[index], aggregation, max_length)
@@ -137,60 +142,39 @@ def plan_microbatches(
     return plans
 
 
-def collate(
-    rollouts: Rollouts,
-    plan: Plan,
-    pad_token_id: int,
-    advantages: Tensor | Sequence[Tensor] | None = None,
-) -> RolloutBatch:
-    """Pads the rollouts of a plan into a microbatch.
-
-    Args:
-        advantages: [N], each repeated over its response's tokens, or N x [L]; 0 if absent.
-
-    Returns:
-        Also the scores that the rollouts have, by their names, and no others.
-    """
-    rows = max(1, len(plan.rollouts))
-    prompts = [rollouts.prompts[int(rollouts.group_ids[i])].token_ids for i in plan.rollouts]
-    responses = [rollouts.responses[i] for i in plan.rollouts]
-    width = max((len(r) for r in responses), default=1)
-    total = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=2)
-    scores = rollouts.scores
-    floats = ("weights", "advantages", "sampler_logprobs", *scores)
-    tensors = {name: torch.zeros(rows, width) for name in floats} | {
-        "input_ids": torch.full((rows, total), pad_token_id),
-        "prompt_lengths": torch.ones(rows, dtype=torch.long),
-        "response_ids": torch.full((rows, width), pad_token_id),
-        "response_mask": torch.zeros(rows, width, dtype=torch.bool),
-    }
-    for row, (i, prompt, response) in enumerate(
-        zip(plan.rollouts, prompts, responses, strict=True)
-    ):
-        start, end = len(prompt), len(prompt) + len(response)
-        tensors["input_ids"][row, :start] = torch.tensor(prompt)
-        tensors["input_ids"][row, start:end] = response
-        tensors["prompt_lengths"][row] = start
-        tensors["response_ids"][row, : len(response)] = response
-        tensors["response_mask"][row, : len(response)] = True
-        tensors["weights"][row, : len(response)] = plan.per_token[row]
-        if advantages is not None:
-            tensors["advantages"][row, : len(response)] = advantages[i]
-        tensors["sampler_logprobs"][row, : len(response)] = rollouts.sampler_logprobs[i]
-        for name, found in scores.items():
-            tensors[name][row, : len(response)] = scores_of(found[i], response, name, i)
-    return RolloutBatch(tensors, plan.divisor)
-
-
-def scores_of(found: Tensor, response: Tensor, name: str, rollout: int) -> Tensor:
-    """[L] the scores of a rollout's response.
+def microbatch(rollouts: Rollouts, plan: Plan, credit: Credit, pad_token_id: int) -> RolloutBatch:
+    """The rollouts of a plan with their weights, credit and scores, padded.
 
     Raises:
-        RuntimeError: it was not scored, or not every token of it.
+        RuntimeError: a rollout was not scored, or not every token of it.
     """
-    if len(found) != len(response):
-        raise RuntimeError(
-            f"Rollout {rollout} has {len(response)} response tokens and {len(found)} scores"
-            f" {name}: what trains must be among what `scored` names."
-        )
-    return found
+    by_token = {**rollouts.scores, **credit.targets}
+    rows = []
+    for i, weight, row in zip(
+        plan.rollouts, plan.per_token, rollouts.rows(plan.rollouts), strict=True
+    ):
+        scores = {name: values[i] for name, values in by_token.items()}
+        for name, found in scores.items():
+            if len(found) != len(row.response_ids):
+                raise RuntimeError(
+                    f"Rollout {i} has {len(row.response_ids)} response tokens and {len(found)}"
+                    f" scores {name}: what trains must be among what was scored."
+                )
+        tokens = {**row.tokens, **scores, "weights": weight, "advantages": credit.advantages[i]}
+        rows.append(row._replace(tokens=tokens))
+    return collate(rows, pad_token_id, plan.divisor, by_token)
+
+
+def of_like_length(
+    rollouts: Rollouts, indices: Sequence[int], max_tokens: int, ranks: int
+) -> list[list[int]]:
+    """Rollouts of like length together, within a token limit, for passes that train nothing: as
+    many lists as a multiple of `ranks`, so some may be empty."""
+    lists: list[list[int]] = []
+    width = 0
+    for i in sorted(indices, key=lambda i: -rollouts.num_tokens(i)):
+        if not lists or (len(lists[-1]) + 1) * width > max_tokens:
+            lists.append([])
+            width = rollouts.num_tokens(i)
+        lists[-1].append(i)
+    return lists + [[]] * (-len(lists) % ranks)

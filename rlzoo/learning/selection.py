@@ -1,11 +1,54 @@
-"""Which rollouts train: pure masks and pairs over a rollout step."""
+"""Which rollouts train: masks and pairs over a rollout step."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from rlzoo.learning.advantages import DEGENERATE, group_stats
 from rlzoo.rewards.base import is_right
+from rlzoo.types import Rollouts
+
+log = logging.getLogger(__name__)
+
+
+Selection = Tensor | Sequence[Sequence[int]]  # [N] bool, or lists of indices that train together
+
+
+def units_of(selection: Selection, truncated: Tensor | None = None) -> list[list[int]]:
+    """The rollouts that were selected, those that train together in one list.
+
+    Args:
+        truncated: [N] bool, rollouts that are left out, and what trains together with them.
+    """
+    if isinstance(selection, Tensor):
+        units = [[i] for i in selection.nonzero()[:, 0].tolist()]
+    else:
+        units = [list(unit) for unit in selection]
+    if truncated is None:
+        return units
+    return [unit for unit in units if not truncated[unit].any()]
+
+
+def with_the_rest(units: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """The units and every other of `count` rollouts, each for itself, in their order."""
+    held = {i for unit in units for i in unit}
+    return sorted([*map(list, units), *([i] for i in range(count) if i not in held)])
+
+
+def said_if_single(rollouts: Rollouts, name: str) -> bool:
+    """Whether there are groups too small to teach, which is then said of the algorithm of that
+    name; the column `single_groups` counts them."""
+    single = int((rollouts.group_ids.bincount() == 1).sum()) if len(rollouts) else 0
+    if single:
+        log.warning(
+            f"{single} of {len(rollouts.prompts)} prompts have one response in this rollout step:"
+            f" {name}, which compares responses, learns nothing of them (column single_groups;"
+            " sampler.allocator.n_min=2 gives every prompt two)."
+        )
+    return single > 0
 
 
 def correct(rewards: Tensor) -> Tensor:
@@ -45,7 +88,8 @@ def best_and_worst(
         chosen_must_be_correct: False also pairs a wrong rollout with a worse one, as reference
             code does (docs/formulas.md 7.3).
     """
-    values, members = rewards.tolist(), {}
+    values: list[float] = rewards.tolist()
+    members: dict[int, list[int]] = {}
     for i, group in enumerate(group_ids.tolist()):
         members.setdefault(group, []).append(i)
     pairs = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rlzoo.models.gather import through
 from rlzoo.models.logits import (
     PLAIN,
     LogitTransform,
@@ -16,7 +18,7 @@ from rlzoo.models.logits import (
     transform_of,
     vocabulary_size,
 )
-from rlzoo.types import RolloutBatch
+from rlzoo.types import BatchRow, RolloutBatch, collate
 
 CHUNK_ELEMENTS = 2**26  # logits held at once, elements of float32 (256 MiB)
 
@@ -95,6 +97,16 @@ def response_scores(
     head = policy.get_output_embeddings()
     scores = token_scores(hidden, head, tokens, temperature, entropy_gradient, transform_of(policy))
     return TokenScores(*(spread(score, batch.response_mask) for score in scores))
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    policy: PreTrainedModel, sequences: Sequence[Sequence[int]], device: torch.device
+) -> list[Tensor]:
+    """Log-probs, at temperature 1, of every token but the first of each sequence."""
+    batch = collate([BatchRow(ids[:1], torch.tensor(ids[1:])) for ids in sequences]).to(device)
+    scores = through(policy, response_scores, policy, batch, 1.0).logprobs.cpu()
+    return [row[: len(ids) - 1] for row, ids in zip(scores, sequences, strict=True)]
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:

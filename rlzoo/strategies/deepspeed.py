@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlzoo.errors import UserError, check_choice
-from rlzoo.learning.optimization import OptimizationModule, clip_limit
+from rlzoo.learning.optimization import Trained, clip_limit
 from rlzoo.values import AtLeast0, Positive
 
 log = logging.getLogger(__name__)
@@ -261,9 +261,9 @@ def group_updates(optimizer: Any, strategy: DeepSpeed) -> None:
 
     Args:
         optimizer: a DeepSpeedZeroOptimizer or DeepSpeedZeroOptimizer_Stage3.
-        strategy: of an OptimizationModule.
+        strategy: of a PolicyAlgorithm.
     """
-    module = cast(OptimizationModule, strategy.lightning_module)
+    module = cast(Trained, strategy.lightning_module)
     third = hasattr(optimizer, "_get_norm_groups")
     name = "_get_norm_groups" if third else "scaled_global_norm"
     norms_of_parts = getattr(optimizer, name) if third else partial(partition_norms, optimizer)

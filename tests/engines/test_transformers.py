@@ -3,9 +3,8 @@ import torch
 
 from rlzoo.engines.base import Request, SamplingParams, weights_checksum
 from rlzoo.engines.transformers import TransformersEngine, draw
-from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.logprobs import response_scores
-from rlzoo.types import Prompt, Rollouts
+from rlzoo.types import Prompt, Rollouts, collate
 from tests.conftest import make_tiny_model
 
 PARAMS = SamplingParams(temperature=0.9, max_response_tokens=24)
@@ -44,7 +43,7 @@ def test_log_probs_are_the_trainers():
         policy_version=5,
         rollout_step=0,
     )
-    batch = collate(rollouts, Plan(list(range(10)), torch.ones(10), 1.0), 1)
+    batch = collate(rollouts.rows(), 1)
     scores = response_scores(policy, batch, PARAMS.temperature)
     gap = (scores.logprobs - batch.sampler_logprobs)[batch.response_mask].abs().max()
     assert gap < 1e-5

@@ -15,10 +15,9 @@ from rlzoo.engines.base import Request, SamplingParams
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.engines.vllm import VLLMEngine
 from rlzoo.errors import UserError
-from rlzoo.learning.microbatching import Plan, collate
 from rlzoo.models.logprobs import response_scores
 from rlzoo.report.ledger import Ledger
-from rlzoo.types import Prompt, Rollouts
+from rlzoo.types import Prompt, Rollouts, collate
 from tests.conftest import make_tiny_model
 
 pytestmark = pytest.mark.vllm
@@ -99,7 +98,7 @@ def gaps(policy: Qwen2ForCausalLM, engine: VLLMEngine, version: int) -> torch.Te
         policy_version=version,
         rollout_step=0,
     )
-    batch = collate(rollouts, Plan(list(range(10)), torch.ones(10), 1.0), 1)
+    batch = collate(rollouts.rows(), 1)
     scores = response_scores(policy, batch, PARAMS.temperature).logprobs
     return (scores - batch.sampler_logprobs)[batch.response_mask].abs().detach()
 

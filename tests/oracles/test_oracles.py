@@ -22,7 +22,6 @@ from rlzoo.learning.advantages import (
     leave_one_out_advantages,
     whiten,
 )
-from rlzoo.learning.length import soft_overlong_penalty
 from rlzoo.learning.losses import (
     LossOutput,
     clipped_surrogate_loss,
@@ -36,6 +35,7 @@ from rlzoo.learning.losses import (
     value_loss,
 )
 from rlzoo.learning.microbatching import AGGREGATIONS, token_weights
+from rlzoo.learning.shaping import soft_overlong_penalty
 
 MAX_LENGTH = 20
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
