@@ -101,11 +101,10 @@ class Measured(PolicyAlgorithm):
         self.seen: dict[str, int] = {}
         self.before = tensor_bytes()
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (tokens,) = batch
         if not self.seen:
             self.seen["weights"] = tensor_bytes() - self.before
-        assert self.policy is not None
         loss: Tensor = self.policy(input_ids=tokens, labels=tokens, use_cache=False).loss
         return loss
 

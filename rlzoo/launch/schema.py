@@ -297,7 +297,7 @@ def signature_of(target: Callable[..., Any]) -> Signature:
     those that the class says it has no place for."""
     if not inspect.isclass(target):
         return arguments_of(target)
-    left_out = getattr(target, "left_out", tuple)()
+    left_out: Sequence[str] = getattr(target, "left_out", tuple)()
     found, is_open = arguments_of_class(target)
     return Signature({n: kind for n, kind in found.items() if n not in left_out}, is_open)
 
