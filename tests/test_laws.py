@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlzoo.types import Rollouts
@@ -49,9 +49,14 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @given(
     sizes=RAGGED.filter(lambda s: max(s) > 1), accumulate=st.integers(2, 8), seed=st.integers(0, 9)
 )
+@example(sizes=(1, 2), accumulate=2, seed=2)
 def test_the_gradient_does_not_depend_on_the_number_of_microbatches(name, sizes, accumulate, seed):
     algo, rollouts = build(name), mixed(sizes, seed)
-    assert_same(gradient(algo, rollouts, accumulate), gradient(algo, rollouts))
+    whole, drift = gradient(algo, rollouts), 0.3
+    if not whole.any():  # every response lies beyond its clip: drift to where none clips it
+        drift = -0.3
+        whole = gradient(algo, rollouts, drift=drift)
+    assert_same(gradient(algo, rollouts, accumulate, drift), whole)
 
 
 @EVERY

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import hydra
@@ -15,15 +16,17 @@ from rlzoo.ranks.exchange import world
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.conftest import make_tiny_model
 
+OUTSIDE = Path(__file__).parent / "outside" / "conf"
 SHARED_FILES = ("shared", "clipped", "sft")  # no policy-gradient algorithm of their own
 NAMES = sorted(p.stem for p in (conf_dir() / "algo").glob("*.yaml") if p.stem not in SHARED_FILES)
 
 
 @functools.cache
 def options_of(name: str) -> dict:
-    """The numbers of conf/algo/NAME.yaml, factories left out."""
+    """The numbers of conf/algo/NAME.yaml, or of tests/outside, factories left out."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        config = hydra.compose("train", overrides=[f"algo={name}", "run_dir=unused"])
+        overrides = [f"algo={name}", "run_dir=unused", f"hydra.searchpath=[file://{OUTSIDE}]"]
+        config = hydra.compose("train", overrides=overrides)
     algo = OmegaConf.to_container(config.algo, resolve=True)
     return {k: v for k, v in algo.items() if k not in ("policy", "optimizer", "scheduler")}
 

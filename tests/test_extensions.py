@@ -1,0 +1,60 @@
+"""Algorithms outside the repository, in tests/outside: a class of at most 40 lines and a YAML each,
+with which nothing of rlzoo had to be edited, trained as a user would train them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlzoo.launch.summary import read_metrics
+from tests import warm
+from tests.conftest import make_tiny_model
+from tests.recorded import recorded_rollouts
+from tests.zoo import build, planned, prepared
+
+OUTSIDE = Path(__file__).parent / "outside"
+NAMES = ("taught", "unsure", "extremes")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_of_forty_lines_and_a_file_of_keys_train(name, tmp_path):
+    assert len((OUTSIDE / f"{name}.py").read_text().splitlines()) <= 40
+    warm.passed(tmp_path, f"algo={name}", f"hydra.searchpath=[file://{OUTSIDE / 'conf'}]")
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if row["num_rollouts"]]
+    assert len(rows) == 2 and all(float(row["grad_norm"]) > 0 for row in rows)
+    if name == "taught":  # by the initial policy, which the first update leaves
+        assert float(rows[-1]["teacher_kl"]) > 0
+
+
+def test_the_teacher_moves_the_loss_by_its_weight_and_is_not_trained():
+    rollouts, losses = recorded_rollouts((3, 4)), []
+    for coef in (0.0, 2.0):
+        algo = build("taught", teacher=lambda: make_tiny_model(seed=5), teacher_coef=coef)
+        (batch,) = prepared(algo, rollouts)
+        losses.append(algo.total_loss(algo.forward_scores(batch), batch).metrics)
+    apart = losses[1]["teacher_kl"]
+    assert apart / batch.weights.sum() > 0.1
+    torch.testing.assert_close(losses[1]["loss"] - losses[0]["loss"], 2 * apart)
+    assert all(name.startswith("policy.") for name, _ in algo.named_parameters())
+    assert not any(p.requires_grad for model in algo.side_models for p in model.parameters())
+
+
+def test_credit_follows_the_entropy_of_each_token():
+    rollouts = recorded_rollouts((3, 4))
+    rollouts.rewards[:2] = torch.tensor([1.0, 0.0])
+    (batch,), (plain,) = (prepared(build(name), rollouts) for name in ("unsure", "grpo"))
+    assert plain.advantages.any()
+    entropy = batch.entropy / batch.entropy[batch.response_mask].mean()
+    torch.testing.assert_close(batch.advantages, plain.advantages * entropy)
+    assert entropy[batch.response_mask].std() > 0.01
+
+
+def test_only_the_kept_of_a_group_train_and_they_are_their_own_baseline():
+    rollouts = recorded_rollouts((5, 1, 4))
+    rollouts.rewards = torch.tensor([0.0, 0.5, 1.0, 0.5, 0.5, 1.0, 0.5, 1.0, 1.0, 0.5])
+    (batch,) = planned(build("extremes", keep=2), rollouts)
+    (units,) = [build("extremes", keep=2, configure=False).training_units(rollouts)]
+    assert sorted(i for unit in units for i in unit) == [0, 2, 5, 7, 9]
+    assert int(batch.response_mask.any(1).sum()) == 5
+    found = sorted(round(a, 3) for a in batch.advantages[:, 0].tolist())
+    assert found == [-0.707, -0.707, 0.0, 0.707, 0.707]
