@@ -187,10 +187,10 @@ class RolloutBatch:
         return [slice(i * rows // pieces, (i + 1) * rows // pieces) for i in range(pieces)]
 
     def with_rows(self, rows: int) -> RolloutBatch:
-        """The same microbatch with blank rows below, of weight 0, so that it has `rows` at least."""
+        """The same microbatch with blank rows of weight 0 below, so that it has `rows` at least."""
         extra = max(0, rows - len(self.input_ids))
-        blank = lambda t: torch.cat([t, t.new_zeros(extra, *t.shape[1:])])  # noqa: E731
-        return self.replaced(**{name: blank(tensor) for name, tensor in self.tensors().items()})
+        blank = {n: t.new_zeros(extra, *t.shape[1:]) for n, t in self.tensors().items()}
+        return self.replaced(**{n: torch.cat([t, blank[n]]) for n, t in self.tensors().items()})
 
 
 def collate(

@@ -152,8 +152,8 @@ class PolicyAlgorithm(lightning.LightningModule):
         return () if cls.has_ratio else tuple(CLIP_DEFAULTS)
 
     def idle_options(self) -> dict[str, str]:
-        """Keys that cannot act as the others stand, with the reason: `rlzoo.launch.idle` refuses one
-        that the user set, while a default may stand."""
+        """Keys that cannot act as the others stand, with the reason: `rlzoo.launch.idle` refuses
+        one that the user set, while a default may stand."""
         return idle_keys(self, vars(self))
 
     def idle_on_policy(self) -> dict[str, str]:
@@ -244,7 +244,7 @@ class PolicyAlgorithm(lightning.LightningModule):
         put_back(self, self.kept_buffers)
         check_placed(self.policy)
         for model in self.side_models:
-            model.to(self.device)
+            model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper of `to`
 
     @property
     def model_name(self) -> str:
@@ -314,14 +314,12 @@ class PolicyAlgorithm(lightning.LightningModule):
         units: Sequence[Sequence[int]],
         on_progress: Callable[[int], None] = lambda n: None,
     ) -> None:
-        """Fills `rollouts.scores` with what was declared, of those that train or, where credit needs
-        them, of all; compares engine and trainer."""
+        """Fills `rollouts.scores` with what was declared, of those that train or, where credit
+        needs them, of all; compares engine and trainer."""
         self.rollout_step, first = rollouts.rollout_step, rollouts.rollout_step == 0
         indices = [i for unit in units for i in unit]
         if self.credit_scores or self.kl_in_reward or (first and not indices):
-            indices = list(
-                range(len(rollouts))
-            )  # the first step is compared even if nothing trains
+            indices = list(range(len(rollouts)))  # the first step is compared whatever trains
         self.scores_old = self.must_score_old(first)
         names = [name for name in self.scores if name != "old_logprobs"]
         names = ["old_logprobs", *names] if self.scores_old else names
@@ -496,7 +494,7 @@ class PolicyAlgorithm(lightning.LightningModule):
         return self.trainer.world_size * self.trainer.accumulate_grad_batches / batch.divisor
 
     def gap(self) -> dict[str, float]:
-        """`rlzoo.diagnosis.causes.gap_figures` of the rollout step so far, over all ranks; collective."""
+        """`rlzoo.diagnosis.causes.gap_figures` of the step so far, over all ranks; collective."""
         return self.gap_watch.figures()
 
     # --- optimizer steps --------------------------------------------------------------------

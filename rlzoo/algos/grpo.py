@@ -7,7 +7,7 @@ from torch import Tensor
 from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.errors import UserError, check_acts, check_choice
 from rlzoo.learning.advantages import group_advantages, split_groups
-from rlzoo.learning.selection import mixed_groups
+from rlzoo.learning.selection import Selection, mixed_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
 
@@ -15,9 +15,14 @@ class GRPO(PolicyAlgorithm):
     """Group Relative Policy Optimization (arXiv:2402.03300).
 
     Trains on every rollout, credits each with its reward standardised within its group, and
-    minimises PPO's clipped surrogate plus a KL term to the initial policy (`kl_coef`, in the base
-    class). Departs from the paper: tokens are averaged over the whole optimizer step, not first
-    within each response, so tokens of long responses weigh as much as others.
+    minimises PPO's clipped surrogate plus a KL term to the initial policy (`kl_coef`).
+
+    grpo.yaml departs from the paper in four ways: the KL is off (the paper's coefficient is 0.04);
+    it makes 4 updates per rollout step (the paper: 1); tokens are averaged over the whole optimizer step (`token_mean`), not first within each
+    response, so tokens of long responses weigh as much as others; and a dual clip of 3, from
+    released code, bounds the loss where the advantage is negative. dapo.yaml departs in one: rounds
+    of drawing end at 4 (`sampler=dynamic`), where the paper's go on until a batch is full of mixed
+    groups, so that batches are smaller.
 
     Args:
         scale_by_std: False is Dr. GRPO's unscaled advantage (arXiv:2503.20783).
@@ -66,7 +71,7 @@ class GRPO(PolicyAlgorithm):
             rollouts.rewards, groups, scale_by_std=self.scale_by_std, singleton=self.singleton
         )
 
-    def select(self, rollouts: Rollouts) -> Tensor:
+    def select(self, rollouts: Rollouts) -> Selection:
         if self.mixed_groups_only:
             return mixed_groups(rollouts.rewards, rollouts.group_ids)
         return super().select(rollouts)

@@ -15,7 +15,9 @@ class RAFT(PolicyAlgorithm):
     Trains on the correct rollouts alone, credits each with 1, and minimises -log pi. With
     `rejected=drop` that is supervised training on the accepted set; with `rejected=zero`, as
     released code has it, wrong rollouts stay in the denominators, so that the step scales with
-    the share of correct tokens.
+    the share of correct tokens. raft.yaml departs from the paper, which sums over a response, in
+    that tokens are averaged over the whole optimizer step (`token_mean`), and takes several updates
+    a rollout step, as released code does.
     """
 
     scores = ()

@@ -14,6 +14,11 @@ class RAFTPlusPlus(PolicyAlgorithm):
     Trains on the correct rollouts alone, credits each with 1, and minimises the clipped surrogate.
     Departs from the letter of the paper: the indicator is "correct", not "of the largest reward
     of its group", which would select every rollout of an all-wrong group.
+
+    raft_pp.yaml departs in two ways: tokens are averaged over the whole optimizer step
+    (`token_mean`), not first within each response; and wrong rollouts leave the denominators
+    (`rejected=drop`; released code keeps them). Its dual clip of 3 never acts: no advantage is
+    negative.
     """
 
     uses_reward_values = False

@@ -20,6 +20,10 @@ class Reinforce(PolicyAlgorithm):
     surrogate in the form min(r A, clip(r) A). The paper's Eq. 5 prints min(r, clip(r)) times the
     reward, which for a negative one is no bound at all.
 
+    reinforce.yaml and its ablations depart from the paper in two ways: tokens are averaged over the
+    whole optimizer step (`token_mean`), not first within each response; and a dual clip of 3, from
+    released code, bounds the loss where the advantage is negative.
+
     Args:
         baseline: "none", or "mean" of the group, taken from the reward.
         scale_by_std: divides by the group's standard deviation, without taking off the mean.

@@ -14,7 +14,8 @@ class ReinforcePPBaseline(PolicyAlgorithm):
     """Reinforce++-baseline (arXiv:2501.03262): a group's mean as baseline, one global scale.
 
     Trains on every rollout, credits each with its reward minus its group's mean, whitened over all
-    tokens of the rollout step, and minimises the clipped surrogate.
+    tokens of the rollout step, and minimises the clipped surrogate. The YAML departs from the paper
+    in that its KL is off, and in a dual clip of 3, from released code.
 
     Args:
         singleton: what a group of one gets before the whitening, "zero" or its "reward" (verl).

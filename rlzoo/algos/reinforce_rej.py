@@ -15,7 +15,8 @@ class ReinforceRej(Reinforce):
 
     Trains on groups that hold right and wrong rollouts, credits each rollout with its reward of
     +1 or -1, and minimises the clipped surrogate. The released code has rewards of 0 and 1, which
-    turns it into RAFT++ without the all-correct prompts; `reward_scale=zero_one` is that.
+    turns it into RAFT++ without the all-correct prompts; `reward_scale=zero_one` is that. The YAML
+    departs from the paper as that of `Reinforce` does: token mean, dual clip of 3.
 
     Args:
         scale_by_std: divides by the group's standard deviation (the paper's last ablation).

@@ -14,8 +14,12 @@ class RLOO(PolicyAlgorithm):
     """Reinforce leave-one-out (arXiv:2402.14740): the baseline is the mean of the other rollouts.
 
     Trains on every rollout, credits each with its reward minus the mean reward of the rest of its
-    group, and minimises the clipped surrogate. Departs from the paper, which makes one update per
-    rollout step and so needs no ratio; with `updates=1` the two are the same.
+    group, and minimises the clipped surrogate.
+
+    rloo.yaml departs from the paper in four ways: 4 updates per rollout step, so a ratio and its
+    clip, where the paper makes one and needs none; a dual clip of 3, from released code; tokens are
+    averaged (`token_mean`), where the paper sums log pi over the sequence (`seq_mean_token_sum`);
+    and no KL, which the paper takes from the reward (`kl_coef`, `kl_in=reward`).
 
     Args:
         singleton: advantage of a group of one, "zero" or its "reward".

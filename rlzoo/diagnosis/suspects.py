@@ -66,7 +66,10 @@ def suspects(
     with in_training():
         logits = logits_of(policy, rows)
     tokens = torch.cat([row.response_ids for row in rows]).to(logits.device)
-    score = lambda logits: at_temperature(logits, tokens, temperature)  # noqa: E731
+
+    def score(logits: Tensor) -> Tensor:
+        return at_temperature(logits, tokens, temperature)
+
     ours = score(logits)
     found = [Suspect("none", residual(ours, theirs))]
     found += of_the_trainer(policy, rows, theirs, score, in_training)
@@ -134,7 +137,10 @@ def of_sampling(
     few = slice(None, None, -(-len(tokens) // FITTED))
     value = fit(lambda t: left(logits[few], t, few), 0.1, 10.0)
     yield Suspect("temperature", left(logits, value), f"{value:.3g}")
-    capped = lambda raw, c: (raw / c).tanh() * c  # noqa: E731
+
+    def capped(raw: Tensor, c: float) -> Tensor:
+        return (raw / c).tanh() * c
+
     value = fit(lambda c: left(capped(logits[few], c), temperature, few), 1.0, 200.0)
     yield Suspect("cap", left(capped(logits, value), temperature), f"{value:.3g}")
     theirs = theirs.to(logits)
@@ -238,7 +244,7 @@ def evaluating(policy: PreTrainedModel) -> Iterator[None]:
 
 def fit(loss: Callable[[float], float], low: float, high: float) -> float:
     """The value in [low, high] of the least loss: a grid, then golden section around its best."""
-    values = torch.logspace(math.log10(low), math.log10(high), GRID).tolist()
+    values: list[float] = torch.logspace(math.log10(low), math.log10(high), GRID).tolist()
     best = min(range(GRID), key=lambda i: loss(values[i]))
     a, b = values[max(0, best - 1)], values[min(GRID - 1, best + 1)]
     golden = (math.sqrt(5) - 1) / 2

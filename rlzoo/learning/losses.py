@@ -167,8 +167,8 @@ def kl_to_reference(
     Args:
         logprobs, ref_logprobs, weights: [B, T], as in `clipped_surrogate_loss`.
     """
-    kept = [torch.where(weights != 0, x, 0.0) for x in (logprobs, ref_logprobs)]
-    return (weights * kl_estimate(*kept, estimator)).sum()
+    ours, theirs = (torch.where(weights != 0, x, 0.0) for x in (logprobs, ref_logprobs))
+    return (weights * kl_estimate(ours, theirs, estimator)).sum()
 
 
 def truncated_importance_weights(

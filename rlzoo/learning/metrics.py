@@ -38,6 +38,11 @@ class PassMetrics(Metric):
 
     full_state_update = False
     higher_is_better = True
+    pass_sum: Tensor  # [K], of each k of `ks`
+    pass_prompts: Tensor  # [K]
+    avg_sum: Tensor
+    avg_square_sum: Tensor
+    num_prompts: Tensor
 
     def __init__(self, ks: Sequence[int] = (1, 2, 4, 8)) -> None:
         super().__init__()

@@ -87,8 +87,8 @@ class UpdateWatch:
         if self.empty_in_a_row >= max(MANY_EMPTY, 2 * self.told_of_empty):
             self.told_of_empty = self.empty_in_a_row
             log.warning(
-                f"{self.empty_in_a_row} updates in a row had nothing to learn from, so were skipped:"
-                " no response was right, or those of each prompt have one reward (accept_rate and"
+                f"{self.empty_in_a_row} updates in a row had nothing to learn from, so were"
+                " skipped: no response was right, or those of each prompt have one reward (accept_rate and"
                 " degenerate_groups in metrics.csv, the texts in rollouts/). Give easier or harder"
                 " questions, or more responses a prompt. Skipped updates count for no"
                 " limits.max_updates, which alone would not end such a run."
@@ -119,9 +119,9 @@ def check_schedule(scheduler: Any) -> None:
     for key in ("num_training_steps", "T_max", "total_steps", "total_iters"):
         if key in settings and settings[key] is None:
             raise UserError(
-                f"algo.scheduler.{key} is null, but this schedule falls over a number of updates that"
-                " it must know. Set limits.max_updates, from which it is taken, or that key itself;"
-                " or keep the learning rate with algo.scheduler=null."
+                f"algo.scheduler.{key} is null, but this schedule falls over a number of updates"
+                " that it must know. Set limits.max_updates, from which it is taken, or that key"
+                " itself; or keep the learning rate with algo.scheduler=null."
             )
 
 
@@ -136,8 +136,8 @@ def clip_limit(value: float | None, algorithm: object = None) -> float:
     """
     if algorithm is not None and str(getattr(algorithm, "value", algorithm)) != "norm":
         raise UserError(
-            f"trainer.gradient_clip_algorithm={algorithm} would do nothing: gradients are clipped by"
-            " the norm of each parameter group. Set it to norm or null."
+            f"trainer.gradient_clip_algorithm={algorithm} would do nothing: gradients are clipped"
+            " by the norm of each parameter group. Set it to norm or null."
         )
     return value if value is not None and value > 0 else math.inf
 

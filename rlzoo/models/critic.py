@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlzoo.models.logits import backbone_of
 from rlzoo.models.logprobs import response_hidden
@@ -21,9 +24,11 @@ class Critic(nn.Module):
             hidden states are used.
     """
 
-    def __init__(self, hidden_size: int, backbone: nn.Module | None = None) -> None:
+    backbone: PreTrainedModel | None
+
+    def __init__(self, hidden_size: int, backbone: PreTrainedModel | None = None) -> None:
         super().__init__()
-        self.backbone = None if backbone is None else backbone_of(backbone)
+        self.backbone = None if backbone is None else cast(PreTrainedModel, backbone_of(backbone))
         self.head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -38,4 +43,5 @@ class Critic(nn.Module):
         if self.backbone is not None:
             hidden = response_hidden(self.backbone, batch)
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(hidden.to(self.head.weight.dtype)).float()[:, 0]
+            values: Tensor = self.head(hidden.to(self.head.weight.dtype))
+        return values.float()[:, 0]

@@ -19,7 +19,7 @@ SUFFIX = "_logprobs"  # a model's score is its name with this behind it
 
 
 class FrozenModels(dict[str, PreTrainedModel]):
-    """By name. No ModuleDict, so that they are among no module's parameters and in no checkpoint."""
+    """By name. No ModuleDict: they are among no module's parameters, and in no checkpoint."""
 
     def freeze(self, trainer: Trainer | None) -> None:
         """Makes them what the policy's own passes compute with, for good."""

@@ -48,7 +48,7 @@ def token_scores(
     """
 
     def chunk_scores(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        logits = transform(head(h).float()) / temperature  # [m, V]
+        logits: Tensor = transform(head(h).float()) / temperature  # [m, V]
         log_norm = logits.logsumexp(-1)
         logprobs = logits.gather(-1, t[:, None])[:, 0] - log_norm
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
@@ -63,7 +63,8 @@ def token_scores(
     if torch.is_grad_enabled():
 
         def run(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            return checkpoint(chunk_scores, h, t, use_reentrant=False)
+            scored: tuple[Tensor, Tensor] = checkpoint(chunk_scores, h, t, use_reentrant=False)
+            return scored
 
     parts = [run(h, t) for h, t in zip(hidden.split(rows), tokens.split(rows), strict=True)]
     return TokenScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -74,7 +75,8 @@ def response_hidden(policy: PreTrainedModel, batch: RolloutBatch) -> Tensor:
 
     Rows are padded on the right, so causal attention alone keeps padding out of every response.
     """
-    hidden = backbone_of(policy)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    passed = backbone_of(policy)(input_ids=batch.input_ids, use_cache=False)
+    hidden: Tensor = passed.last_hidden_state
     rows, offsets = batch.response_mask.nonzero(as_tuple=True)
     return hidden[rows, batch.prompt_lengths[rows] - 1 + offsets]
 
