@@ -18,11 +18,11 @@ class GRPO(PolicyAlgorithm):
     minimises PPO's clipped surrogate plus a KL term to the initial policy (`kl_coef`).
 
     grpo.yaml departs from the paper in four ways: the KL is off (the paper's coefficient is 0.04);
-    it makes 4 updates per rollout step (the paper: 1); tokens are averaged over the whole optimizer step (`token_mean`), not first within each
-    response, so tokens of long responses weigh as much as others; and a dual clip of 3, from
-    released code, bounds the loss where the advantage is negative. dapo.yaml departs in one: rounds
-    of drawing end at 4 (`sampler=dynamic`), where the paper's go on until a batch is full of mixed
-    groups, so that batches are smaller.
+    it makes 4 updates per rollout step (the paper: 1); tokens are averaged over the whole optimizer
+    step (`token_mean`), not first within each response, so tokens of long responses weigh as much
+    as others; and a dual clip of 3, from released code, bounds the loss where the advantage is
+    negative. dapo.yaml departs in one: rounds of drawing end at 4 (`sampler=dynamic`), where the
+    paper's go on until a batch is full of mixed groups, so that batches are smaller.
 
     Args:
         scale_by_std: False is Dr. GRPO's unscaled advantage (arXiv:2503.20783).

@@ -88,10 +88,10 @@ class UpdateWatch:
             self.told_of_empty = self.empty_in_a_row
             log.warning(
                 f"{self.empty_in_a_row} updates in a row had nothing to learn from, so were"
-                " skipped: no response was right, or those of each prompt have one reward (accept_rate and"
-                " degenerate_groups in metrics.csv, the texts in rollouts/). Give easier or harder"
-                " questions, or more responses a prompt. Skipped updates count for no"
-                " limits.max_updates, which alone would not end such a run."
+                " skipped: no response was right, or those of each prompt have one reward"
+                " (accept_rate and degenerate_groups in metrics.csv, the texts in rollouts/). Give"
+                " easier or harder questions, or more responses a prompt. Skipped updates count for"
+                " no limits.max_updates, which alone would not end such a run."
             )
 
 
