@@ -179,7 +179,7 @@ def run_config(checkpoint: Path) -> DictConfig | ListConfig:
         return OmegaConf.load(found)
     try:
         config = DictConfig(run_state(read_state(checkpoint))["record"]["config"])
-    except (KeyError, UserError):
+    except (KeyError, TypeError, UserError):  # older ones have no record
         config = DictConfig({})
     return config
 

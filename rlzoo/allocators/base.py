@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,9 +34,9 @@ class Allocator(Protocol):
             UserError: no budgets within the allocator's own bounds have that sum.
         """
 
-    def state_dict(self) -> dict: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class OneRound:
@@ -59,10 +59,10 @@ class OneRound:
     def bounds(self, prompts: int, total: int) -> tuple[int, int]:
         return 0, total
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
 
@@ -98,7 +98,7 @@ def round_to_total(
         gap = np.where(room, step * (wanted - counts), -np.inf)
         chosen = np.argsort(-gap, kind="stable")[: min(abs(rest), int(room.sum()))]
         counts[chosen] += step
-    return counts.astype(int).tolist()
+    return [int(count) for count in counts]
 
 
 def fill(shares: np.ndarray, total: float, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -114,10 +114,11 @@ def fill(shares: np.ndarray, total: float, low: np.ndarray, high: np.ndarray) ->
         )
         return np.where(positive, high, even)
     below, above = 0.0, 1.0
-    spread = lambda level: np.clip(level * shares, low, high)  # noqa: E731
-    while spread(above).sum() < total:
+    while np.clip(above * shares, low, high).sum() < total:
         above *= 2
     for _ in range(200):
         middle = (below + above) / 2
-        below, above = (middle, above) if spread(middle).sum() < total else (below, middle)
-    return spread(above)
+        enough = np.clip(middle * shares, low, high).sum() >= total
+        below, above = (below, middle) if enough else (middle, above)
+    spread: np.ndarray = np.clip(above * shares, low, high)
+    return spread

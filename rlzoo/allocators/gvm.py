@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -107,6 +108,7 @@ class GVMBudgets(OneRound):
             prompt_id: float(np.mean(is_right(np.asarray(reward))))
             for prompt_id, reward in zip(prompt_ids, rewards, strict=True)
         }
+        assert grad_norms is not None, "GVM plans by gradient norms"
         self.grad_norms = dict(zip(prompt_ids, map(float, grad_norms), strict=True))
 
     def bounds(self, prompts: int, total: int) -> tuple[int, int]:
@@ -136,8 +138,8 @@ class GVMBudgets(OneRound):
             n_max=self.n_max,
         )
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"accept_rates": dict(self.accept_rates), "grad_norms": dict(self.grad_norms)}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.accept_rates, self.grad_norms = state["accept_rates"], state["grad_norms"]

@@ -65,7 +65,7 @@ class Checkpoint(Callback):
         if not self.asynchronous:
             return
         io = trainer.strategy.checkpoint_io
-        if not isinstance(io, AsyncCheckpointIO):
+        if not isinstance(io, AsyncCheckpointIO) or not isinstance(io.checkpoint_io, PublishingIO):
             raise UserError(
                 "callbacks.checkpoint.asynchronous=true needs a strategy that saves one file, not"
                 f" {type(trainer.strategy).__name__}. Set it to false, or take strategy=ddp."
@@ -82,8 +82,8 @@ class Checkpoint(Callback):
         """
         self.check_monitor(run)
         loop = trainer.fit_loop
-        progress = loop.epoch_progress.total
-        if loop.restarted_mid_epoch and progress.processed == progress.ready:
+        total = vars(loop.epoch_progress.total)  # of a class that Lightning does not declare
+        if loop.restarted_mid_epoch and total["processed"] == total["ready"]:
             loop.reset_restart_stage()
 
     def save_if_due(self, run: Run, cursor: Cursor, trainer: Trainer, preempted: bool) -> None:
@@ -95,7 +95,7 @@ class Checkpoint(Callback):
                 " inside an optimizer step: the count is off since a resume."
             )
         step = cursor.rollout_step
-        score = all_gather(run.last_row.get(self.monitor))[0]  # rank 0 alone has the row
+        score = all_gather(run.last_row.get(self.monitor or ""))[0]  # rank 0 alone has the row
         if trainer.is_global_zero and step == 1:
             self.warn_of_monitor(run.last_row)
         name = f"step_{step:06d}.ckpt"

@@ -76,6 +76,7 @@ class RankWatch(Callback):
         self.store = TCPStore(host, port, is_master=False, timeout=timeout)
         names = all_gather(f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
         self.names, self.rank = names, rank
+        assert dist.group.WORLD is not None
         self.limit = SHORTLY_BEFORE * exchange_timeout(dist.group.WORLD).total_seconds()
         places = all_gather((process_namespace(), os.getpid()))
         self.neighbours = open_neighbours(rank, places)
@@ -188,7 +189,8 @@ class RankWatch(Callback):
 
     def close(self, last_word: str) -> None:
         self.done.set()
-        self.thread.join(2 * BEAT)
+        if self.thread is not None:
+            self.thread.join(2 * BEAT)
         try:
             self.store.set(f"beat/{self.rank}", last_word)
         except (RuntimeError, OSError):

@@ -4,6 +4,8 @@ from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 
+from rlzoo.callbacks.seam import callbacks_of
+
 
 class Restore(Callback):
     """Puts data, counts and outputs where a checkpoint had them, under another strategy or number
@@ -20,7 +22,7 @@ class Restore(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.data.load_state_dict(self.state[type(self.data).__qualname__])
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             callback.on_load_checkpoint(trainer, pl_module, self.state)
             if callback.state_key in self.state["callbacks"]:
                 callback.load_state_dict(self.state["callbacks"][callback.state_key])

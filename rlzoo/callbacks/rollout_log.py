@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.callbacks.state import Run
@@ -138,18 +139,21 @@ def rollout_figures(rollouts: Rollouts) -> dict[str, float]:
         return figures
     lengths, rewards = rollouts.lengths.double(), rollouts.rewards.double()
     degenerate = group_stats(rewards, rollouts.group_ids).degenerate.double()
-    share = lambda flags: float(flags.double().mean())  # noqa: E731
     return figures | {
         "reward": float(rewards.mean()),
         "accept_rate": share(is_right(rollouts.rewards)),
-        "unverifiable": share(rollouts.verdicts == Verdict.UNVERIFIABLE),
+        "unverifiable": share(rollouts.verdicts.eq(Verdict.UNVERIFIABLE)),
         "unverifiable/gold": rollouts.num_unparsed_golds / len(rollouts),
         "truncated": share(rollouts.truncated),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
-        "single_groups": share(budgets == 1),
+        "single_groups": share(budgets.eq(1)),
         "degenerate_groups": float((degenerate / budgets[rollouts.group_ids]).sum() / len(budgets)),
         "budget/min": float(budgets.min()),
         "budget/mean": float(budgets.mean()),
         "budget/max": float(budgets.max()),
     }
+
+
+def share(flags: Tensor) -> float:
+    return float(flags.double().mean())

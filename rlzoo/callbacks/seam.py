@@ -86,7 +86,7 @@ class Seam(Callback):
     def call_others(self, trainer: Trainer, algo: LightningModule) -> None:
         """Calls `on_boundary(run, algo)` of every callback of one's own that has it; what it adds
         to `run.row` is written with the row of the step."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's, a list
+        for callback in callbacks_of(trainer):
             if hasattr(callback, "on_boundary"):
                 callback.on_boundary(self.run, algo)
 
@@ -106,3 +106,9 @@ class Seam(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.run.load_state_dict(run_state(checkpoint))
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """All of them; Lightning does not declare the attribute."""
+    found: list[Callback] = vars(trainer)["callbacks"]
+    return found

@@ -138,10 +138,7 @@ class RolloutDataModule(lightning.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self.train_prompts:
             return
-        encode = lambda split: self.source.template.encode(  # noqa: E731
-            self.source.load(split), self.tokenizer, self.max_prompt_tokens, self.on_too_long
-        )
-        self.train_prompts, self.val_prompts = encode("train"), encode("val")
+        self.train_prompts, self.val_prompts = self.encoded("train"), self.encoded("val")
         prompts, limits = [*self.train_prompts, *self.val_prompts], limits_of(self.tokenizer)
         check_prompts(limits, prompts)
         longest = max(len(prompt.token_ids) for prompt in prompts)  # those that are really there
@@ -155,6 +152,11 @@ class RolloutDataModule(lightning.LightningDataModule):
                 f" {len(self.train_prompts)} training prompts. Lower it, or give more data"
                 " (data.max_prompts, on_too_long and on_overlap may leave prompts out)."
             )
+
+    def encoded(self, split: str) -> list[Prompt]:
+        limit, on_too_long = self.max_prompt_tokens, self.on_too_long
+        loaded = self.source.load(split)
+        return self.source.template.encode(loaded, self.tokenizer, limit, on_too_long)
 
     def shard(self) -> list[Prompt]:
         """The prompts of the current epoch, in the order they will be drawn."""

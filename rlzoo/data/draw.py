@@ -140,7 +140,7 @@ class Drawer:
         return total["tokens"] / total["responses"]
 
     def text(self, response: Response) -> str:
-        return self.tokenizer.decode(response.token_ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True))
 
     def _request(
         self, prompt: Prompt, indices: range, stream: str, step: int, round_: int
@@ -217,13 +217,12 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
     if len(parts) == 1:
         return parts[0]
     offsets = itertools.accumulate((len(part.prompts) for part in parts[:-1]), initial=0)
-    joined = lambda name: [x for part in parts for x in getattr(part, name)]  # noqa: E731
     return dataclasses.replace(
         parts[0],
-        prompts=joined("prompts"),
+        prompts=[prompt for part in parts for prompt in part.prompts],
         group_ids=torch.cat([p.group_ids + n for p, n in zip(parts, offsets, strict=True)]),
-        responses=joined("responses"),
-        sampler_logprobs=joined("sampler_logprobs"),
+        responses=[x for part in parts for x in part.responses],
+        sampler_logprobs=[x for part in parts for x in part.sampler_logprobs],
         truncated=torch.cat([part.truncated for part in parts]),
         rewards=torch.cat([part.rewards for part in parts]),
         verdicts=torch.cat([part.verdicts for part in parts]),

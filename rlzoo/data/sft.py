@@ -85,9 +85,11 @@ class SFTDataModule(lightning.LightningDataModule):
         check_choice("datamodule.on_too_long", on_too_long, ("error", "drop"))
         if corpus is not None and rollouts is not None:
             raise UserError("datamodule.corpus and datamodule.rollouts are both given: choose one.")
+        self.source, self.tokenizer = source, tokenizer
+        self.corpus: Sequence[Pair] = () if corpus is None else corpus
         if rollouts is not None:
-            corpus = accepted(rollouts, "datamodule.rollouts", tokenizer)
-        self.source, self.tokenizer, self.corpus = source, tokenizer, corpus
+            self.corpus = accepted(rollouts, "datamodule.rollouts", tokenizer)
+        self.trains_on_split = corpus is None and rollouts is None  # which is loaded later
         self.batch_size, self.updates_per_step = batch_size, updates_per_step
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.on_too_long, self.seed = on_too_long, seed
@@ -112,7 +114,7 @@ class SFTDataModule(lightning.LightningDataModule):
             )
 
     def setup(self, stage: str) -> None:
-        if self.corpus is None:
+        if self.trains_on_split:
             self.corpus = solved(self.source.load("train"))
         self.corpus, trained = self.fitting(self.corpus, "the corpus")
         if len(self.corpus) < self.batch_size:
@@ -127,10 +129,12 @@ class SFTDataModule(lightning.LightningDataModule):
                 f"{len(prompts) - len(written)} of {len(prompts)} validation prompts have no worked"
                 " solution: val/loss is of the others."
             )
-        pairs, held_out, size = [], set(), self.batch_size
+        pairs: Sequence[Pair] = ()
+        held_out: set[int] = set()
         if written:
             pairs, held_out = self.fitting(solved(written), "the validation split")
         tell_shared(trained, held_out)
+        size = self.batch_size
         starts = range(0, len(pairs), size)
         self.val_batches = [self.batch(pairs[i : i + size], *world()) for i in starts]
 
@@ -187,9 +191,10 @@ class SFTDataModule(lightning.LightningDataModule):
     def encode(self, pairs: Sequence[Pair]) -> tuple[list[Prompt], list[Tensor]]:
         """Prompts and responses as token ids; those of recorded rollouts are never encoded anew."""
         if not isinstance(pairs[0][0], str):
-            prompts = [Prompt(str(i), "", "", token_ids=p) for i, (p, _) in enumerate(pairs)]
+            ids = [tuple(int(token) for token in prompt) for prompt, _ in pairs]
+            prompts = [Prompt(str(i), "", "", token_ids=p) for i, p in enumerate(ids)]
             return prompts, [torch.tensor(response) for _, response in pairs]
-        prompts = [Prompt(str(i), question, "") for i, (question, _) in enumerate(pairs)]
+        prompts = [Prompt(str(i), str(question), "") for i, (question, _) in enumerate(pairs)]
         prompts = self.source.template.encode(prompts, self.tokenizer, ANY_LENGTH)
         texts = [solution for _, solution in pairs]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -305,9 +310,9 @@ def solved(prompts: list[Prompt]) -> list[tuple[str, str]]:
                 f"algo=sft takes plain questions, but prompt {prompt.id} is a chat. Name the turn"
                 " that asks, such as data.question_column=messages.0.content."
             )
-        if prompt.solution is None or not prompt.solution.strip():
+        if not (prompt.solution or "").strip():
             raise UserError(
                 f"algo=sft needs worked solutions, but prompt {prompt.id} has none. Set"
                 " data.solution_column, or give datamodule.corpus."
             )
-    return [(prompt.question, prompt.solution) for prompt in prompts]
+    return [(prompt.question, prompt.solution or "") for prompt in prompts]

@@ -74,22 +74,24 @@ def train(cfg: DictConfig) -> None:
 def train_in(run_dir: Path, cfg: DictConfig) -> None:
     """`train`, in a directory that is this run's alone."""
     checkpoint, state = find_checkpoint(cfg.ckpt_path, run_dir)
-    exact = check_resume(cfg, checkpoint, state)
-    bars = Bars(enabled=is_first())
-    if state is not None and (limits := reached(cfg, state)):
-        if is_first():
-            leave_as_it_is(cfg, checkpoint, state, limits, bars)
-        return
+    exact, before, bars = cfg.resume == "exact", None, Bars(enabled=is_first())
+    check_choice("resume", cfg.resume, ("exact", "weights"))
+    if checkpoint is not None and state is not None:
+        check_resume(cfg, checkpoint, state, exact)
+        if limits := reached(cfg, state):
+            if is_first():
+                leave_as_it_is(cfg, checkpoint, state, limits, bars)
+            return
+        before = recorded(checkpoint, state) if is_of(run_dir, checkpoint) else None
     loop, others = build(cfg, bars)
     run, data = loop.run, loop.data
     run.exact = data.exact = exact
     run.record = record_of(cfg)
     callbacks = [*loop.parts.present, *others, loop]
-    if state is not None and not exact:
+    if checkpoint is not None and state is not None and not exact:
         loop.algo.restored_weights = partial(whole_weights, checkpoint)
         callbacks.insert(0, Restore(state, data))
     if is_first():
-        before = recorded(checkpoint, state) if is_of(run_dir, checkpoint) else None
         loop.begun = partial(describe, run_dir, cfg, before and before["config"])
     trainer = build_trainer(cfg, callbacks, purge_step(cfg, state))
     del state  # mapped from a file, which would keep its room on the disk once it is removed
@@ -171,16 +173,16 @@ def leave_as_it_is(
     bars.print_line(nothing_left(run_dir, limits, steps))
 
 
-def check_resume(cfg: DictConfig, checkpoint: Path | None, state: dict[str, Any] | None) -> bool:
-    """Whether the run goes on exactly where the checkpoint is, optimizer included.
+def check_resume(cfg: DictConfig, checkpoint: Path, state: dict[str, Any], exact: bool) -> None:
+    """Whether the run can go on where the checkpoint is.
+
+    Args:
+        exact: with its optimizer and schedule.
 
     Raises:
         UserError: it cannot, and `resume=weights` was not asked for; another model saved it; or
             something is asked for that it cannot go on with.
     """
-    check_choice("resume", cfg.resume, ("exact", "weights"))
-    if checkpoint is None:
-        return True
     if cfg.get("doctor"):
         raise UserError(
             "doctor=true looks at the first rollout step of a new run, and trains nothing. Leave out"
@@ -189,12 +191,10 @@ def check_resume(cfg: DictConfig, checkpoint: Path | None, state: dict[str, Any]
     saved = saved_by(state)
     check_model(cfg, checkpoint, saved)
     check_same_lora(cfg, checkpoint, state.get("lora"))
-    exact = cfg.resume == "exact"
     if exact:
         check_strategy(cfg, checkpoint, saved)
     for line in check_changes(cfg, checkpoint, state, exact):
         log.warning(line)
-    return exact
 
 
 def check_model(cfg: DictConfig, checkpoint: Path, saved: dict[str, Any]) -> None:
@@ -256,12 +256,13 @@ def build(cfg: DictConfig, bars: Bars) -> tuple[RolloutLoop | SupervisedLoop, li
         config = load_config(cfg.model.path, trust)
         check_lora(cfg.model.lora, empty_model(config, trust))
     source, limits, ledger = instantiate(cfg.data), Limits(**cfg.limits), Ledger()
+    loop: type[RolloutLoop] | type[SupervisedLoop]
     if is_kind(target_of(cfg.datamodule), SFTDataModule):
-        algo, loop = instantiate(cfg.algo), SupervisedLoop
+        loop, algo = SupervisedLoop, instantiate(cfg.algo)
         data = instantiate(cfg.datamodule, source, tokenizer)
         run = Run(limits, ledger, bars)
     else:
-        algo, loop = instantiate(cfg.algo, pad_token_id=tokenizer.pad_token_id), RolloutLoop
+        loop, algo = RolloutLoop, instantiate(cfg.algo, pad_token_id=tokenizer.pad_token_id)
         engine = instantiate(
             cfg.engine,
             eos_token_ids=eos_token_ids(cfg.model.path, tokenizer),
@@ -306,7 +307,9 @@ def build_trainer(
     plugins = cluster_plugins()
     if OmegaConf.select(cfg, "callbacks.checkpoint.asynchronous") and strategy_kind(cfg) == "file":
         plugins.append(asynchronous_io())
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=plugins)
+    given = {"callbacks": callbacks, "logger": loggers, "plugins": plugins}
+    trainer: lightning.Trainer = instantiate(cfg.trainer, **given)
+    return trainer
 
 
 def purge_step(cfg: DictConfig, state: dict[str, Any] | None) -> int | None:
@@ -314,7 +317,7 @@ def purge_step(cfg: DictConfig, state: dict[str, Any] | None) -> int | None:
     it had saved; None of a new run."""
     if state is None:
         return None if cfg.ckpt_path is None else 0
-    return data_state(state)["rollout_step"] + 1
+    return int(data_state(state)["rollout_step"]) + 1
 
 
 def set_up_process(cfg: DictConfig) -> None:
@@ -327,7 +330,7 @@ def set_up_process(cfg: DictConfig) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns wherever it is imported
     # Or trainer.deterministic fills every new tensor with NaN, here and inside a vLLM engine.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (a property)
     keep_freed_memory()
     lightning.seed_everything(cfg.seed, verbose=False)
 
