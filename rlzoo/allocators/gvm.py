@@ -51,10 +51,10 @@ def gvm_budgets(
     broken = ~(np.isfinite(accept_rates) & np.isfinite(grad_norms))
     if broken.any():
         raise UserError(
-            f"sampler=gvm cannot share out responses: of {broken.sum()} of {len(broken)} prompts the"
-            " pilots' acceptance rate or gradient norm is not finite. The policy's numbers outgrow"
-            " their format: take model.dtype=float32 or bfloat16, or trainer.precision=32-true or"
-            " bf16-mixed; sampler=uniform asks for no norms."
+            f"sampler=gvm cannot share out responses: of {broken.sum()} of {len(broken)} prompts"
+            " the pilots' acceptance rate or gradient norm is not finite. The policy's numbers"
+            " outgrow their format: take model.dtype=float32 or bfloat16, or"
+            " trainer.precision=32-true or bf16-mixed; sampler=uniform asks for no norms."
         )
     weights = gvm_weights(accept_rates, grad_norms, alpha, beta)
     if weights.sum() == 0:
@@ -115,8 +115,8 @@ class GVMBudgets(OneRound):
         """As in Allocator; asked at start-up, before any pilot is paid."""
         if self.n_max is not None and self.n_max * prompts < total:
             raise UserError(
-                f"sampler.allocator.n_max={self.n_max} is too small: {prompts} prompts have to share"
-                f" {total} responses. Raise it, or lower datamodule.responses_per_prompt."
+                f"sampler.allocator.n_max={self.n_max} is too small: {prompts} prompts have to"
+                f" share {total} responses. Raise it, or lower datamodule.responses_per_prompt."
             )
         if self.n_min * prompts > total:
             raise UserError(

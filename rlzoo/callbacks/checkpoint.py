@@ -91,8 +91,8 @@ class Checkpoint(Callback):
         trained = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if trained % trainer.accumulate_grad_batches:
             raise RuntimeError(
-                f"A rollout step ended after microbatch {trained} of the epoch by Lightning's count,"
-                " inside an optimizer step: the count is off since a resume."
+                f"A rollout step ended after microbatch {trained} of the epoch by Lightning's"
+                " count, inside an optimizer step: the count is off since a resume."
             )
         step = cursor.rollout_step
         score = all_gather(run.last_row.get(self.monitor or ""))[0]  # rank 0 alone has the row
@@ -116,8 +116,9 @@ class Checkpoint(Callback):
         if self.keep_best and wanted.startswith("val/") and columns and wanted not in columns:
             there = ", ".join(name for name in columns if name.startswith("val/"))
             raise UserError(
-                f"callbacks.checkpoint.monitor={wanted} is no column of metrics.csv, so no checkpoint"
-                f" would ever be the best. The validation gives {there}. Name one of them, or null."
+                f"callbacks.checkpoint.monitor={wanted} is no column of metrics.csv, so no"
+                f" checkpoint would ever be the best. The validation gives {there}. Name one of"
+                " them, or null."
             )
 
     def warn_of_monitor(self, row: dict[str, Any]) -> None:
@@ -193,8 +194,8 @@ class Checkpoint(Callback):
             self.best = [(score, name) for score, name in state["best"]][: self.keep_best]
         elif self.keep_best:
             log.warning(
-                f"callbacks.checkpoint.monitor is {self.monitor} now, and was {state['monitor']}: the"
-                " best checkpoint is looked for anew."
+                f"callbacks.checkpoint.monitor is {self.monitor} now, and was {state['monitor']}:"
+                " the best checkpoint is looked for anew."
             )
         states = state["loggers"]
         if isinstance(states, list):  # as older versions saved them
@@ -212,7 +213,7 @@ def logger_key(logger: Logger) -> str:
 
 
 def comparable(monitor: str | None, other: str | None) -> bool:
-    """Whether values of two columns can be ranked together; avg@k estimates one figure for any k."""
+    """Whether values of two columns can be ranked together; avg@k is of one figure for any k."""
     return monitor == other or all(str(name).startswith(AVG) for name in (monitor, other))
 
 

@@ -18,7 +18,7 @@ class Export(Callback):
 
     A policy with LoRA is written whole, adapters merged; the adapters alone go to `adapter/`, in
     peft's format. All but the weights is tried before the run draws anything. A failure at the end
-    is kept in `fault`: the rest of the end still happens, and `rlzoo.launch.training` then speaks of it.
+    is kept in `fault`: the rest of the end still happens, and `launch/training.py` then speaks of it.
 
     Args:
         run_dir: where `policy/` goes.
@@ -52,5 +52,5 @@ class Export(Callback):
 
 
 def whole_state(module: LightningModule, keep: bool) -> dict[str, Tensor]:
-    """The policy's weights on the CPU; collective, so that ranks that do not keep them walk along."""
+    """The policy's weights on the CPU; collective, so that ranks that keep none walk along."""
     return {name: tensor.detach().cpu().clone() for name, tensor in module.named_weights() if keep}

@@ -28,8 +28,8 @@ class GVM(Replan):
     discarded. Departs from released code: G_i is the norm at the output head, in closed form, not
     at the input embedding by a backward pass.
 
-    The engine sleeps while norms are computed, which take the room of logits on the same device; the
-    loop wakes it before the epoch's first draw.
+    The engine sleeps while norms are computed, which take the room of logits on the same device;
+    the loop wakes it before the epoch's first draw.
 
     Args:
         run_dir: see Replan.

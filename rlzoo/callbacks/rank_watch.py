@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from rlzoo.callbacks.preemption import Preempted
 from rlzoo.engines import isolation
@@ -41,8 +41,8 @@ class RankWatch(Callback):
     the processes that it started every five seconds, and kills them all, rank 0 included, without a
     word to the terminal if one of them has failed. So that it does not, they outlive rank 0.
 
-    A sign of life says where its rank is (`rlzoo.ranks.whereabouts`). Where all are alive but none moves
-    on, since they wait in different exchanges or one of them hangs, rank 0 says which rank is where;
+    A sign of life says where its rank is (`rlzoo.ranks.whereabouts`). Where all are alive but none
+    moves on, since they wait in different exchanges or one hangs, rank 0 says which rank is where;
     shortly before the exchange would time out, that is the run's last word.
 
     Args:

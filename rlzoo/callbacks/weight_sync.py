@@ -20,8 +20,8 @@ from rlzoo.values import Positive
 CHECKED = 2  # syncs that check=first compares: at start, and after the engine's first sleep
 OTHERWISE = "After a weight sync engine and trainer do not agree."
 STALE = (
-    "After a weight sync the engine's weights differ from the trainer's: it would sample from another"
-    " policy than the one being trained."
+    "After a weight sync the engine's weights differ from the trainer's: it would sample from"
+    " another policy than the one being trained."
 )
 
 
@@ -34,8 +34,8 @@ class WeightSync(Callback):
             checksum, or, where an engine packs its weights so that they cannot be read back, by
             the log-probs of a probe.
         probe_tolerance: mean |trainer - engine| log-prob of the probe's tokens that passes, nats;
-            null is 1e-3 where both hold float32, and 0.1 in half precision, or what that alone does to
-            this model's probe, thrice, if it can be measured and is more.
+            null is 1e-3 where both hold float32, and 0.1 in half precision, or what that alone does
+            to this model's probe, thrice, if it can be measured and is more.
     """
 
     def __init__(
@@ -87,12 +87,14 @@ class WeightSync(Callback):
             return None
         if math.isinf(probed.gap):
             return (
-                f"{OTHERWISE} Log-probs of a probe are not finite, though the trainer's weights are:"
-                f" the numbers outgrow their format ({setting.formats}), or the engine is broken."
+                f"{OTHERWISE} Log-probs of a probe are not finite, though the trainer's weights"
+                f" are: the numbers outgrow their format ({setting.formats}), or the engine is"
+                " broken."
             )
         told = on_probe(probed.found, setting)
         return (
             f"{STALE if told is None else OTHERWISE} On a probe their log-probs differ by"
-            f" {probed.gap:.3g} nats a token, over callbacks.weight_sync.probe_tolerance={limit:.3g}."
+            f" {probed.gap:.3g} nats a token, over"
+            f" callbacks.weight_sync.probe_tolerance={limit:.3g}."
             + (f" Likely cause: {told}." if told else "")
         )

@@ -98,7 +98,7 @@ class Drawer:
     def draw_in_rounds(
         self, prompts: list[Prompt], budgets: list[int], data: RolloutDataModule
     ) -> Rollouts:
-        """Training rollouts; other prompts take the place of those the allocator is not done with."""
+        """Training rollouts; others take the place of prompts the allocator is not done with."""
         allocator, step = data.allocator, data.rollout_step
         parts = [self.draw(prompts, budgets, "train", step)]
         used = {prompt.id for prompt in prompts}

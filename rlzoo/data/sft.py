@@ -105,12 +105,13 @@ class SFTDataModule(lightning.LightningDataModule):
         if most is not None and most % step:
             log.warning(
                 f"limits.max_updates={most} is no multiple of datamodule.updates_per_step={step},"
-                f" and limits are looked at between steps: it makes {-(-most // step) * step} updates."
+                f" and limits are looked at between steps: it makes {-(-most // step) * step}"
+                " updates."
             )
         if limits.max_updates is None and limits.max_seconds is None:
             raise UserError(
-                "algo=sft draws no responses, so limits.max_responses and limits.max_tokens never end"
-                " it. Set limits.max_updates or limits.max_seconds."
+                "algo=sft draws no responses, so limits.max_responses and limits.max_tokens never"
+                " end it. Set limits.max_updates or limits.max_seconds."
             )
 
     def setup(self, stage: str) -> None:
@@ -164,8 +165,8 @@ class SFTDataModule(lightning.LightningDataModule):
                     hashes.add(hash(tuple(prompt.token_ids)))
                 elif self.on_too_long == "error":
                     raise UserError(
-                        f"Example {i} of {what} has {reason}. Raise the limit, or leave such examples"
-                        " out with datamodule.on_too_long=drop."
+                        f"Example {i} of {what} has {reason}. Raise the limit, or leave such"
+                        " examples out with datamodule.on_too_long=drop."
                     )
                 else:
                     dropped += 1
@@ -182,7 +183,8 @@ class SFTDataModule(lightning.LightningDataModule):
     def too_long(self, prompt: int, response: int) -> str | None:
         """What of an example of so many tokens is over its limit."""
         if prompt > self.max_prompt_tokens:
-            return f"{prompt} prompt tokens, over datamodule.max_prompt_tokens={self.max_prompt_tokens}"
+            limit = f"datamodule.max_prompt_tokens={self.max_prompt_tokens}"
+            return f"{prompt} prompt tokens, over {limit}"
         if response > self.max_response_tokens:
             limit = f"datamodule.max_response_tokens={self.max_response_tokens}"
             return f"a solution of {response} tokens, over {limit}"

@@ -121,7 +121,7 @@ def leave_as_found(run_dir: Path, cfg: DictConfig, run: Run) -> None:
 
 
 def is_of(run_dir: Path, checkpoint: Path | None) -> bool:
-    """Whether a checkpoint is one of the run in this directory, not one that a run branches from."""
+    """Whether a checkpoint is of the run in this directory, not one that a run branches from."""
     return checkpoint is not None and run_dir.resolve() in checkpoint.parents
 
 
@@ -158,7 +158,7 @@ def finish(cfg: DictConfig, run: Run, rollout_steps: int, fault: Exception | Non
 def leave_as_it_is(
     cfg: DictConfig, checkpoint: Path, state: dict[str, Any], limits: list[str], bars: Bars
 ) -> None:
-    """Says that a run has ended. If it was stopped before all of its end was written, writes that."""
+    """Says that a run has ended; if it was stopped before all of its end was written, writes it."""
     run_dir, steps = Path(cfg.run_dir), data_state(state)["rollout_step"]
     if is_of(run_dir, checkpoint) and not ended(run_dir, steps):
         run, fault = Run(Limits(), Ledger(), bars, exact=False), None
@@ -185,8 +185,8 @@ def check_resume(cfg: DictConfig, checkpoint: Path, state: dict[str, Any], exact
     """
     if cfg.get("doctor"):
         raise UserError(
-            "doctor=true looks at the first rollout step of a new run, and trains nothing. Leave out"
-            " ckpt_path and name a new run_dir, or leave out doctor=true."
+            "doctor=true looks at the first rollout step of a new run, and trains nothing. Leave"
+            " out ckpt_path and name a new run_dir, or leave out doctor=true."
         )
     saved = saved_by(state)
     check_model(cfg, checkpoint, saved)
@@ -222,8 +222,8 @@ def check_strategy(cfg: DictConfig, checkpoint: Path, saved: dict[str, Any]) -> 
     raise UserError(
         f"The checkpoint {checkpoint} was saved by {saved['ranks']} process(es) under"
         f" {saved['strategy']}; this run has {ranks} under {name}, which cannot read its optimizer"
-        " state. Resume as it was saved, or add resume=weights: weights, data, counts and outputs go"
-        " on from there, the optimizer starts anew."
+        " state. Resume as it was saved, or add resume=weights: weights, data, counts and outputs"
+        " go on from there, the optimizer starts anew."
     )
 
 
@@ -330,7 +330,7 @@ def set_up_process(cfg: DictConfig) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns wherever it is imported
     # Or trainer.deterministic fills every new tensor with NaN, here and inside a vLLM engine.
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (a property)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (untyped)
     keep_freed_memory()
     lightning.seed_everything(cfg.seed, verbose=False)
 
