@@ -126,7 +126,7 @@ class RolloutLoop(Seam):
             self.plan()
         while self.data.epoch_in_progress():
             rollouts = self.draw()
-            yield from self.prepare(rollouts)
+            yield from self.prepare(rollouts)  # Lightning: loss, backward, optimizer step
 
     def plan(self) -> None:
         """The sampler says how many responses each prompt of the epoch gets."""
@@ -156,10 +156,9 @@ class RolloutLoop(Seam):
         return rollouts
 
     def prepare(self, rollouts: Rollouts) -> list[RolloutBatch]:
-        """Which rollouts train, how likely the trainer finds them, what each is worth."""
         bar = self.run.bars.phase("scoring", len(rollouts), "responses")
         with self.run.ledger.phase("scoring"), bar as advance:
-            batches = self.algo.prepare(rollouts, advance)
+            batches = made_of(rollouts, self.algo, advance)
         if self.parts.doctor:
             self.parts.doctor.compare(self.run, self.algo)
         return batches
@@ -185,6 +184,25 @@ class RolloutLoop(Seam):
     @property
     def microbatches_per_step(self) -> int:
         return self.algo.updates_per_step * self.algo.trainer.accumulate_grad_batches
+
+
+def made_of(
+    rollouts: Rollouts, algo: PolicyAlgorithm, on_progress: Callable[[int], None] = lambda n: None
+) -> list[RolloutBatch]:
+    """The microbatches of this rank: which rollouts train, what the trainer's own models say of
+    them, what each is worth."""
+    units = algo.training_units(rollouts)
+    algo.score(rollouts, units, on_progress)
+    credit = algo.credit(rollouts)
+    trainer = algo.trainer
+    return algo.microbatches(
+        rollouts,
+        units,
+        credit,
+        accumulate=trainer.accumulate_grad_batches,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
 
 
 class SupervisedLoop(Seam):

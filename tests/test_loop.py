@@ -1,14 +1,16 @@
 """The loop: its order is the code's, not a configuration's."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rlzoo.callbacks import Checkpoint, Validation
 from rlzoo.callbacks.seam import Microbatches, Seam
 from rlzoo.callbacks.state import Run
 from rlzoo.errors import UserError
-from rlzoo.loop import Parts
+from rlzoo.loop import Parts, RolloutLoop
 from rlzoo.report.ledger import Ledger, Limits
 from rlzoo.report.progress import Bars
 
@@ -80,6 +82,39 @@ def test_a_limit_ends_the_run_at_the_boundary_and_every_part_knows_it():
     loop.run.ledger.updated(None)
     ended(loop, trainer, last=True)
     assert loop.told == ["goes on", "limits.max_updates=2"] and trainer.should_stop
+
+
+def loop_of(told: list[str], ended_by: str | None = None) -> tuple[RolloutLoop, SimpleNamespace]:
+    """A loop whose parts say when they are called, and its trainer."""
+
+    def says(word: str) -> Callable[..., None]:
+        return lambda *arguments, **options: told.append(word)
+
+    parts = SimpleNamespace(
+        weight_sync=SimpleNamespace(sync=says("sync")),
+        validation=SimpleNamespace(due=lambda step, ended: True, validate=says("validate")),
+        rollout_log=SimpleNamespace(write=says("log")),
+        checkpoint=SimpleNamespace(save_if_due=says("save")),
+        preemption=SimpleNamespace(stop=says("stop")),
+    )
+    run = Run(Limits(), Ledger(), Bars(enabled=False))
+    run.ended_by, run.told_to_stop = ended_by, "SIGTERM"
+    trainer = SimpleNamespace(callbacks=[SimpleNamespace(on_boundary=says("own"))])
+    return RolloutLoop(run, Data(), torch.nn.Linear(1, 1), parts), trainer
+
+
+def test_a_boundary_syncs_validates_logs_saves_and_stops_in_this_order():
+    told = []
+    loop, trainer = loop_of(told)
+    loop.boundary(trainer)
+    assert told == ["sync", "validate", "own", "log", "save", "stop"]
+
+
+def test_a_run_that_has_ended_is_not_preempted():
+    told = []
+    loop, trainer = loop_of(told, ended_by="limits.max_updates=2")
+    loop.boundary(trainer)
+    assert told[-1] == "save"
 
 
 def test_parts_act_in_the_order_of_the_loop_whatever_order_they_were_given_in():

@@ -88,7 +88,7 @@ def stalled(rank: int) -> tuple[list[str], list[str]]:
     rank_watch.BEAT, rank_watch.say = 0.1, said.append
     watch = RankWatch(stall=0.5)
     watch.stop = ended.append
-    watch.on_train_start(None, None)
+    watch.begin()
     assert 50 < watch.limit < 60  # of the group's time-out
     watch.limit = 1.5
     if rank == 1:

@@ -268,23 +268,6 @@ class PolicyAlgorithm(lightning.LightningModule):
 
     # --- from rollouts to microbatches ------------------------------------------------------
 
-    def prepare(
-        self, rollouts: Rollouts, on_progress: Callable[[int], None] = lambda n: None
-    ) -> list[RolloutBatch]:
-        """This rank's `microbatches_per_step` microbatches of a rollout step, scored."""
-        units = self.training_units(rollouts)
-        self.score(rollouts, units, on_progress)
-        credit = self.credit(rollouts)
-        trainer = self.trainer
-        return self.microbatches(
-            rollouts,
-            units,
-            credit,
-            accumulate=trainer.accumulate_grad_batches,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
-
     def selected_units(self, rollouts: Rollouts) -> list[list[int]]:
         """What `select` says, less truncated rollouts if they are filtered."""
         truncated = rollouts.truncated if self.overlong_filter else None
