@@ -21,8 +21,9 @@ class GRPO(PolicyAlgorithm):
     it makes 4 updates per rollout step (the paper: 1); tokens are averaged over the whole optimizer
     step (`token_mean`), not first within each response, so tokens of long responses weigh as much
     as others; and a dual clip of 3, from released code, bounds the loss where the advantage is
-    negative. dapo.yaml departs in one: rounds of drawing end at 4 (`sampler=dynamic`), where the
-    paper's go on until a batch is full of mixed groups, so that batches are smaller.
+    negative. dapo.yaml departs in two: rounds of drawing end at 4 (`sampler=dynamic`), where the
+    paper's go on until a batch is full of mixed groups, so that batches are smaller; and the
+    penalty of length begins at the last tenth of the limit (the paper: the last fifth).
 
     Args:
         scale_by_std: False is Dr. GRPO's unscaled advantage (arXiv:2503.20783).
