@@ -21,8 +21,8 @@ class IterativeDPO(PolicyAlgorithm):
     on log-probs summed over whole responses. An iteration is a rollout step: the pairs are drawn
     by the weights it starts from. The unit of an optimizer step is the pair, never split.
 
-    iterative_dpo.yaml departs from Online-DPO-R1 in three ways: an iteration is a rollout step, there
-    a pass over a data set; the chosen rollout must be correct; and labels are not smoothed
+    iterative_dpo.yaml departs from Online-DPO-R1 in three ways: an iteration is a rollout step,
+    there a pass over a data set; the chosen rollout must be correct; and labels are not smoothed
     (there: 0.1).
 
     Args:
