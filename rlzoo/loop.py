@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import get_args, get_type_hints
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 
-from rlzoo import callbacks
 from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.algos.sft import SFT
-from rlzoo.callbacks.broken import refuse_broken_update
 from rlzoo.callbacks.seam import Microbatches, Seam
-from rlzoo.callbacks.state import Run
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.data.sft import SFTDataModule
 from rlzoo.errors import UserError
@@ -28,60 +23,8 @@ from rlzoo.types import RolloutBatch, Rollouts
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The loop's parts, by the names they have in conf/callbacks; None leaves one out.
-
-    Each is a Lightning callback for what is its own affair (what it saves, an exception). What has
-    a place in the loop is called there, in whatever order the parts were given.
-    """
-
-    rank_watch: callbacks.RankWatch | None = None
-    weight_sync: callbacks.WeightSync | None = None
-    doctor: callbacks.Doctor | None = None
-    sampler: callbacks.Replan | None = None
-    validation: callbacks.Validation | None = None
-    rollout_log: callbacks.RolloutLog | None = None
-    sft_log: callbacks.SFTLog | None = None
-    checkpoint: callbacks.Checkpoint | None = None
-    preemption: callbacks.Preemption | None = None
-    export: callbacks.Export | None = None
-
-    def __post_init__(self) -> None:
-        """Raises a UserError for a callback of another kind under the name of a part."""
-        for name, kind in get_type_hints(Parts).items():
-            part, wanted = getattr(self, name), get_args(kind)[0]
-            if part is not None and not isinstance(part, wanted):
-                raise UserError(
-                    f"callbacks.{name} must be a rlzoo.callbacks.{wanted.__name__}, got"
-                    f" {type(part).__name__}. Give a callback of your own another name."
-                )
-
-    @property
-    def present(self) -> list[Callback]:
-        found = [getattr(self, field.name) for field in fields(self)]
-        return [part for part in found if part is not None]
-
-
-class RolloutLoop(Seam):
-    """Online reinforcement learning.
-
-    Args:
-        run, data, algo: what the run is; its prompts, budgets and cursor; what learns from them.
-        parts: see Parts.
-        begun: called once nothing of what was asked for has been refused.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        data: RolloutDataModule,
-        algo: PolicyAlgorithm,
-        parts: Parts,
-        begun: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__(run)
-        self.data, self.algo, self.parts, self.begun = data, algo, parts, begun
+class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
+    """Online reinforcement learning."""
 
     # --- before the first rollout step ------------------------------------------------------
 
@@ -167,61 +110,40 @@ class RolloutLoop(Seam):
 
     def boundary(self, trainer: Trainer) -> None:
         run, data, algo, parts = self.run, self.data, self.algo, self.parts
-        refuse_broken_update(algo, run.ledger.updates)
         if parts.weight_sync:
             parts.weight_sync.sync(run, data, algo)
         if parts.validation and parts.validation.due(data.rollout_step, run.ended_by is not None):
             parts.validation.validate(run, data)
-        self.call_others(trainer, algo)
+        self.call_others(trainer)
         if parts.rollout_log:
             parts.rollout_log.write(run, data, algo)
-        save_and_stop(run, data, parts, trainer)
+        self.save_and_stop(trainer)
 
     @property
-    def cursor(self) -> RolloutDataModule:
-        return self.data
-
-    @property
-    def microbatches_per_step(self) -> int:
-        return self.algo.updates_per_step * self.algo.trainer.accumulate_grad_batches
+    def updates_per_step(self) -> int:
+        return self.algo.updates_per_step
 
 
 def made_of(
     rollouts: Rollouts, algo: PolicyAlgorithm, on_progress: Callable[[int], None] = lambda n: None
 ) -> list[RolloutBatch]:
-    """The microbatches of this rank: which rollouts train, what the trainer's own models say of
-    them, what each is worth."""
+    """This rank's microbatches: which rollouts train, what the trainer's own models say of them,
+    what each is worth."""
     units = algo.training_units(rollouts)
     algo.score(rollouts, units, on_progress)
     credit = algo.credit(rollouts)
-    trainer = algo.trainer
     return algo.microbatches(
         rollouts,
         units,
         credit,
-        accumulate=trainer.accumulate_grad_batches,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
+        accumulate=algo.trainer.accumulate_grad_batches,
+        rank=algo.trainer.global_rank,
+        world_size=algo.trainer.world_size,
     )
 
 
-class SupervisedLoop(Seam):
-    """Supervised training: blocks of updates in place of rollout steps, nothing is drawn.
-
-    Args:
-        run, data, algo, parts, begun: as in RolloutLoop.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        data: SFTDataModule,
-        algo: SFT,
-        parts: Parts,
-        begun: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__(run)
-        self.data, self.algo, self.parts, self.begun = data, algo, parts, begun
+class SupervisedLoop(Seam[SFTDataModule, SFT]):
+    """Supervised training: blocks of updates in place of rollout steps, nothing is drawn."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.algo.agree_on_pieces(self.data.val_batches)
@@ -243,27 +165,11 @@ class SupervisedLoop(Seam):
             yield from update
 
     def boundary(self, trainer: Trainer) -> None:
-        refuse_broken_update(self.algo, self.run.ledger.updates)
-        self.call_others(trainer, self.algo)
+        self.call_others(trainer)
         if self.parts.sft_log:
             self.parts.sft_log.write(self.run, self.data, self.algo)
-        save_and_stop(self.run, self.data, self.parts, trainer)
+        self.save_and_stop(trainer)
 
     @property
-    def cursor(self) -> SFTDataModule:
-        return self.data
-
-    @property
-    def microbatches_per_step(self) -> int:
-        return self.data.updates_per_step * self.algo.trainer.accumulate_grad_batches
-
-
-def save_and_stop(
-    run: Run, data: RolloutDataModule | SFTDataModule, parts: Parts, trainer: Trainer
-) -> None:
-    """Saves what is due; ends the process if it was told to stop, unless the run ends anyway."""
-    told = run.preempted()
-    if parts.checkpoint:
-        parts.checkpoint.save_if_due(run, data, trainer, preempted=told is not None)
-    if told and not run.ended_by and parts.preemption:
-        parts.preemption.stop(told)
+    def updates_per_step(self) -> int:
+        return self.data.updates_per_step

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rlzoo.callbacks import Checkpoint, Validation
-from rlzoo.callbacks.seam import Microbatches, Seam
+from rlzoo.callbacks.seam import Microbatches, Parts, Seam
 from rlzoo.callbacks.state import Run
 from rlzoo.errors import UserError
-from rlzoo.loop import Parts, RolloutLoop
+from rlzoo.loop import RolloutLoop
 from rlzoo.report.ledger import Ledger, Limits
 from rlzoo.report.progress import Bars
 
@@ -26,11 +26,10 @@ class Data:
 
 class Steps(Seam):
     def __init__(self, **limits: int) -> None:
-        super().__init__(Run(Limits(**limits), Ledger(), Bars(enabled=False)))
+        run = Run(Limits(**limits), Ledger(), Bars(enabled=False))
+        super().__init__(run, Data(), torch.nn.Linear(1, 1), Parts())
         self.told: list[str] = []
-        self.data = Data()
 
-    cursor = property(lambda self: self.data)
     microbatches_per_step = 2
 
     def boundary(self, trainer: object) -> None:

@@ -6,6 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.errors import UserError
 from rlzoo.export import rehearse, save_policy
 from rlzoo.models.lora import adapter_weights, write_adapter
@@ -30,6 +31,7 @@ class Export(Callback):
         self.fault: Exception | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PolicyAlgorithm)
         fault = None
         if trainer.is_global_zero:
             fault = rehearse(pl_module.policy, self.tokenizer, self.folder.parent)
@@ -38,6 +40,7 @@ class Export(Callback):
             raise UserError(fault)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PolicyAlgorithm)
         first = trainer.is_global_zero
         state = whole_state(pl_module, keep=first)
         adapters = adapter_weights(pl_module.policy, keep=first)
@@ -51,6 +54,6 @@ class Export(Callback):
             self.fault = error
 
 
-def whole_state(module: LightningModule, keep: bool) -> dict[str, Tensor]:
+def whole_state(module: PolicyAlgorithm, keep: bool) -> dict[str, Tensor]:
     """The policy's weights on the CPU; collective, so that ranks that keep none walk along."""
     return {name: tensor.detach().cpu().clone() for name, tensor in module.named_weights() if keep}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.callbacks.replan import Replan
@@ -94,7 +95,7 @@ class GVM(Replan):
 
 @torch.no_grad()
 def gradient_norms(
-    policy: torch.nn.Module,
+    policy: PreTrainedModel,
     rollouts: Rollouts,
     indices: list[int],
     *,
@@ -117,7 +118,7 @@ def gradient_norms(
     return torch.tensor([found[i] for i in indices], dtype=torch.float32)
 
 
-def head_norms(policy: torch.nn.Module, batch: RolloutBatch, temperature: float) -> Tensor:
+def head_norms(policy: PreTrainedModel, batch: RolloutBatch, temperature: float) -> Tensor:
     """[B] head gradient norm of each row's response."""
     head = policy.get_output_embeddings()
     lengths = batch.response_mask.sum(-1).tolist()

@@ -1,16 +1,69 @@
-"""Where the loop meets Lightning's: a boundary after the last microbatch of each rollout step."""
+"""Where the loop meets Lightning's: its parts, what Lightning trains on, and the boundary after the
+last microbatch of each rollout step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from lightning import Callback, LightningModule, Trainer
 
+from rlzoo.algos.base import PolicyAlgorithm
+from rlzoo.callbacks.broken import refuse_broken_update
+from rlzoo.callbacks.checkpoint import Checkpoint
+from rlzoo.callbacks.doctor import Doctor
+from rlzoo.callbacks.export import Export
+from rlzoo.callbacks.preemption import Preemption
+from rlzoo.callbacks.rank_watch import RankWatch
+from rlzoo.callbacks.replan import Replan
+from rlzoo.callbacks.rollout_log import RolloutLog
+from rlzoo.callbacks.sft_log import SFTLog
 from rlzoo.callbacks.state import Cursor, Run
+from rlzoo.callbacks.validation import Validation
+from rlzoo.callbacks.weight_sync import WeightSync
+from rlzoo.errors import UserError
 from rlzoo.models.checkpoints import run_state
 from rlzoo.types import RolloutBatch
+
+Data = TypeVar("Data", bound=Cursor)
+Algo = TypeVar("Algo", bound=PolicyAlgorithm)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The loop's parts, by the names they have in conf/callbacks; None leaves one out.
+
+    Each is a Lightning callback for what is its own affair (what it saves, an exception). What has
+    a place in the loop is called there, in whatever order the parts were given.
+    """
+
+    rank_watch: RankWatch | None = None
+    weight_sync: WeightSync | None = None
+    doctor: Doctor | None = None
+    sampler: Replan | None = None
+    validation: Validation | None = None
+    rollout_log: RolloutLog | None = None
+    sft_log: SFTLog | None = None
+    checkpoint: Checkpoint | None = None
+    preemption: Preemption | None = None
+    export: Export | None = None
+
+    def __post_init__(self) -> None:
+        """Raises a UserError for a callback of another kind under the name of a part."""
+        for name, kind in get_type_hints(Parts).items():
+            part, wanted = getattr(self, name), get_args(kind)[0]
+            if part is not None and not isinstance(part, wanted):
+                raise UserError(
+                    f"callbacks.{name} must be a rlzoo.callbacks.{wanted.__name__}, got"
+                    f" {type(part).__name__}. Give a callback of your own another name."
+                )
+
+    @property
+    def present(self) -> list[Callback]:
+        found = [getattr(self, field.name) for field in fields(self)]
+        return [part for part in found if part is not None]
 
 
 class Microbatches:
@@ -30,30 +83,41 @@ class Microbatches:
         return self.epoch()
 
 
-class Seam(Callback):
+class Seam(Callback, Generic[Data, Algo]):
     """Calls `boundary` between rollout steps, and books the seconds of training between them.
 
     Stands last among the Trainer's callbacks, so that `trainer.should_stop`, set by whichever of
     them, ends the run at a boundary, where weights, log and checkpoint belong together.
 
     Args:
-        run: what is saved of it and restored is under the name "Loop" in a checkpoint.
+        run: what the run is; its state is saved under the name "Loop".
+        data: where it stands.
+        algo: what learns.
+        parts: see Parts.
+        begun: called once nothing of what was asked for has been refused.
     """
 
     state_key = "Loop"
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(
+        self,
+        run: Run,
+        data: Data,
+        algo: Algo,
+        parts: Parts,
+        begun: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.run, self.data, self.algo, self.parts, self.begun = run, data, algo, parts, begun
         self._training = ExitStack()  # phase and bar of training, while it lasts
         self._advance: Callable[[int], None] | None = None
 
     @property
-    def cursor(self) -> Cursor:
+    def updates_per_step(self) -> int:
         raise NotImplementedError
 
     @property
     def microbatches_per_step(self) -> int:
-        raise NotImplementedError
+        return self.updates_per_step * self.algo.trainer.accumulate_grad_batches
 
     def boundary(self, trainer: Trainer) -> None:
         """What happens between two rollout steps."""
@@ -79,20 +143,27 @@ class Seam(Callback):
             trainer.should_stop, self.run.asked_to_stop = False, True
         if batch.last:
             self.end_training()
-            self.run.settle_end(self.cursor, trainer.max_epochs)
+            refuse_broken_update(self.algo, self.run.ledger.updates)
+            self.run.settle_end(self.data, trainer.max_epochs)
             self.boundary(trainer)
             trainer.should_stop = self.run.ended_by is not None
 
-    def call_others(self, trainer: Trainer, algo: LightningModule) -> None:
+    def call_others(self, trainer: Trainer) -> None:
         """Calls `on_boundary(run, algo)` of every callback of one's own that has it; what it adds
         to `run.row` is written with the row of the step."""
         for callback in callbacks_of(trainer):
             if hasattr(callback, "on_boundary"):
-                callback.on_boundary(self.run, algo)
+                callback.on_boundary(self.run, self.algo)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def save_and_stop(self, trainer: Trainer) -> None:
+        """Saves what is due; ends the process if it was told to stop, unless the run ends anyway."""
+        told, parts = self.run.preempted(), self.parts
+        if parts.checkpoint:
+            parts.checkpoint.save_if_due(self.run, self.data, trainer, preempted=told is not None)
+        if told and not self.run.ended_by and parts.preemption:
+            parts.preemption.stop(told)
+
+    def on_exception(self, *args: Any) -> None:
         self.end_training()
 
     def end_training(self) -> None:

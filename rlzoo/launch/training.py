@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from rlzoo.callbacks.checkpoint import asynchronous_io
 from rlzoo.callbacks.doctor import Diagnosed
 from rlzoo.callbacks.restore import Restore
+from rlzoo.callbacks.seam import Parts
 from rlzoo.callbacks.state import Run
 from rlzoo.data.draw import Drawer
 from rlzoo.data.sft import SFTDataModule
@@ -38,7 +39,7 @@ from rlzoo.launch.run_dir import claim, clear, describe, find_checkpoint, make
 from rlzoo.launch.schema import check_settings
 from rlzoo.launch.summary import ended, summarize
 from rlzoo.launch.targets import is_kind, target_of
-from rlzoo.loop import Parts, RolloutLoop, SupervisedLoop
+from rlzoo.loop import RolloutLoop, SupervisedLoop
 from rlzoo.models.checkpoints import data_state, kind_of, run_state, saved_by, whole_weights
 from rlzoo.models.loading import load_config
 from rlzoo.models.lora import check_lora, lora_settings
