@@ -32,7 +32,8 @@ def fail(*overrides: str) -> str:
     try:
         check_overrides(overrides)
         cfg = compose(*overrides)
-        build(cfg, Bars(enabled=False))["datamodule"].setup("fit")
+        loop, _ = build(cfg, Bars(enabled=False))
+        loop.data.setup("fit")
     except Exception as error:
         message = explain(error, cfg)
         assert message is not None, f"not explained: {error!r}"

@@ -156,7 +156,7 @@ class Seam(Callback, Generic[Data, Algo]):
                 callback.on_boundary(self.run, self.algo)
 
     def save_and_stop(self, trainer: Trainer) -> None:
-        """Saves what is due; ends the process if it was told to stop, unless the run ends anyway."""
+        """Saves what is due; ends the process if it was told to stop and the run goes on."""
         told, parts = self.run.preempted(), self.parts
         if parts.checkpoint:
             parts.checkpoint.save_if_due(self.run, self.data, trainer, preempted=told is not None)

@@ -29,7 +29,7 @@ from rlzoo.callbacks.state import Run
 from rlzoo.data.draw import Drawer
 from rlzoo.data.sft import SFTDataModule
 from rlzoo.engines.shapes import empty_model, expected_shapes
-from rlzoo.errors import UserError, check_choice
+from rlzoo.errors import UserError
 from rlzoo.export import write as write_policy
 from rlzoo.launch.idle import check_idle, check_idle_options
 from rlzoo.launch.preflight import check_parts
@@ -76,7 +76,6 @@ def train_in(run_dir: Path, cfg: DictConfig) -> None:
     """`train`, in a directory that is this run's alone."""
     checkpoint, state = find_checkpoint(cfg.ckpt_path, run_dir)
     exact, before, bars = cfg.resume == "exact", None, Bars(enabled=is_first())
-    check_choice("resume", cfg.resume, ("exact", "weights"))
     if checkpoint is not None and state is not None:
         check_resume(cfg, checkpoint, state, exact)
         if limits := reached(cfg, state):
@@ -323,11 +322,7 @@ def purge_step(cfg: DictConfig, state: dict[str, Any] | None) -> int | None:
 
 def set_up_process(cfg: DictConfig) -> None:
     if cfg.num_threads is not None:
-        if cfg.num_threads < 1:
-            raise UserError(f"num_threads must be at least 1 or null, got {cfg.num_threads}.")
         torch.set_num_threads(cfg.num_threads)
-    if cfg.seed < 0:
-        raise UserError(f"seed must be at least 0, got {cfg.seed}.")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns wherever it is imported
     # Or trainer.deterministic fills every new tensor with NaN, here and inside a vLLM engine.
