@@ -4,11 +4,14 @@ import gc
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:  # pytest's own process, which runs no tests, does without
     from transformers import Qwen2ForCausalLM
 
 VOCABULARY = 40
+settings.register_profile("same", derandomize=True, deadline=None)  # on a busy machine, too
+settings.load_profile("same")
 DEAREST = (  # files of ten seconds and more, so that the two processes end together
     "test_runs.py",
     "test_resume.py",

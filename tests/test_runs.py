@@ -30,7 +30,7 @@ SMALL = (
     "datamodule.responses_per_prompt=4",
     "datamodule.responses_per_step=32",  # two rollout steps an epoch
     "sampler.callback.pilots=2",
-    "limits.max_responses=288",  # three epochs of 32 pilots and 64 responses
+    "limits.max_responses=192",  # two epochs of 32 pilots and 64 responses
     "algo.updates=2",
 )
 
@@ -99,8 +99,8 @@ def test_a_run_directory_explains_itself(reference):
     for name in ("config.yaml", "environment.json", "metrics.csv", "ledger.csv", "learning.png"):
         assert (reference / name).stat().st_size > 0
     summary = summary_of(reference)
-    assert summary["responses"] == 288
-    assert summary["pilot_share"] == pytest.approx(96 / 288)
+    assert summary["responses"] == 192
+    assert summary["pilot_share"] == pytest.approx(64 / 192)
     steps = len(read_metrics(reference / "metrics.csv")) - 1  # the first row is a validation
     assert summary["updates"] == 2 * steps
     assert 0 < summary["planning_share"] < 1
@@ -217,7 +217,7 @@ def test_recorded_rollouts_train_any_algorithm_and_are_not_paid_for(reference, t
     run(tmp_path / "replay", *UNIFORM, *options)
     summary = summary_of(tmp_path / "replay")
     assert summary["responses"] == 0 and summary["updates"] > 0
-    assert summary["ledger"]["responses/replay"] == 192  # what the reference trained on
+    assert summary["ledger"]["responses/replay"] == 128  # what the reference trained on
     assert "the end of replay" in summary["stopped_by"]
 
 

@@ -4,6 +4,7 @@ each. What a command changes in its process (signals, logging, determinism) is p
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -19,6 +20,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 import rlzoo.run
+from rlzoo.rewards.processes import WorkerServer
 
 SMALL = (  # two rollout steps of 16 responses, from 8 prompts of 2
     "num_threads=1",
@@ -38,6 +40,18 @@ SMALL = (  # two rollout steps of 16 responses, from 8 prompts of 2
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+class KeptServer(WorkerServer):
+    """A verifier's server that the next run takes over, its imports and tables there already."""
+
+    def close(self) -> None:
+        """Leaves it; the pool has ended its workers."""
+
+
+@functools.cache
+def kept_server(memory_mb: int) -> KeptServer:
+    return KeptServer(memory_mb)
+
+
 class Outcome(NamedTuple):
     code: int  # what the process would have exited with
     output: str  # standard output and error together, as a user would read them
@@ -51,7 +65,12 @@ def run(run_dir: Path, *overrides: str, small: bool = True) -> Outcome:
     """
     arguments = [f"run_dir={run_dir}", *(SMALL if small else ()), *overrides]
     told = io.StringIO()
-    with process_kept(), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+    with (
+        process_kept(),
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(told),
+        mock.patch("rlzoo.rewards.verifier.WorkerServer", kept_server),
+    ):
         code = 0
         try:
             with mock.patch.object(sys, "argv", ["rlzoo.run", *arguments]):
