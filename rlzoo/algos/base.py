@@ -70,7 +70,6 @@ class PolicyAlgorithm(lightning.LightningModule):
     uses_reward_values = True  # False where rewards only say which rollouts train
     uses_advantages = True  # False where the loss has none
     splits_kl = False  # True where `compute_advantages` takes the KL from each token's reward
-    can_reject = True  # False where every rollout trains
     blames = True  # False where no advantage is below 0
     scale_free = False  # True where twice the rewards give the same advantages
     smallest_group = 1  # responses of a prompt below which they teach nothing
@@ -121,6 +120,7 @@ class PolicyAlgorithm(lightning.LightningModule):
         self.temperature, self.max_response_tokens = temperature, max_response_tokens
         self.max_tokens_per_microbatch, self.pad_token_id = max_tokens_per_microbatch, pad_token_id
         self.max_logprob_gap, self.seed = max_logprob_gap, seed
+        # Whether there are rollouts that do not train; an algorithm with a `select` may know better.
         self.can_reject = overlong_filter or type(self).select is not PolicyAlgorithm.select
         self.check_options()
         if kl_coef > 0:
