@@ -64,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     faults = [fault for fault in yaml.safe_load(FAULTS.read_text()) if options.words in fault[0]]
     waiting, noticed = faults[::-1], 0
-    running: dict[int, tuple[Path, str, str]] = {}  # process: its copy, the fault, its file
+    running: dict[int, tuple[Path, str, Path, str]] = {}  # process: copy, fault, file, its source
     with tempfile.TemporaryDirectory() as folder:
         free = [Path(folder) / str(job) / "rlzoo" for job in range(options.jobs)]
         for copy in free:
@@ -74,16 +74,17 @@ def main() -> None:
             while waiting and free:
                 what, file, old, new, tests = waiting.pop()
                 copy = free.pop()
-                source = (ROOT / "rlzoo" / file).read_text()
-                (copy / "rlzoo" / file).write_text(planted(source, old, new))
-                running[start(copy, tests)] = copy, what, file
+                path = copy / "rlzoo" / file
+                source = path.read_text()
+                path.write_text(planted(source, old, new))
+                running[start(copy, tests)] = copy, what, path, source
             pid, status = os.wait()
-            copy, what, file = running.pop(pid)
+            copy, what, path, source = running.pop(pid)
             code = os.waitstatus_to_exitcode(status)
             if code not in (0, 1):
                 said = copy.with_suffix(".txt").read_text()
                 raise RuntimeError(f"pytest ended with exit code {code} on {what}:\n{said[-3000:]}")
-            shutil.copy(ROOT / "rlzoo" / file, copy / "rlzoo" / file)
+            path.write_text(source)
             free.append(copy)
             noticed += code
             print("red  " if code else "GREEN", what, flush=True)
