@@ -42,7 +42,9 @@ def test_the_teacher_moves_the_loss_by_its_weight_and_is_not_trained():
 def test_credit_follows_the_entropy_of_each_token():
     rollouts = recorded_rollouts((3, 4))
     rollouts.rewards[:2] = torch.tensor([1.0, 0.0])
-    (batch,), (plain,) = (prepared(build(name), rollouts) for name in ("unsure", "grpo"))
+    algo = build("unsure")
+    (batch,), (plain,) = (prepared(a, rollouts) for a in (algo, build("grpo")))
+    torch.testing.assert_close(batch.entropy, algo.forward_scores(batch)["entropy"].detach())
     assert plain.advantages.any()
     entropy = batch.entropy / batch.entropy[batch.response_mask].mean()
     torch.testing.assert_close(batch.advantages, plain.advantages * entropy)
