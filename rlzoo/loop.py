@@ -101,7 +101,7 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
     def prepare(self, rollouts: Rollouts) -> list[RolloutBatch]:
         bar = self.run.bars.phase("scoring", len(rollouts), "responses")
         with self.run.ledger.phase("scoring"), bar as advance:
-            batches = made_of(rollouts, self.algo, advance)
+            batches = microbatches_of(rollouts, self.algo, advance)
         if self.parts.doctor:
             self.parts.doctor.compare(self.run, self.algo)
         return batches
@@ -124,7 +124,7 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
         return self.algo.updates_per_step
 
 
-def made_of(
+def microbatches_of(
     rollouts: Rollouts, algo: PolicyAlgorithm, on_progress: Callable[[int], None] = lambda n: None
 ) -> list[RolloutBatch]:
     """This rank's microbatches: which rollouts train, what the trainer's own models say of them,

@@ -13,7 +13,7 @@ from rlzoo.errors import UserError
 from rlzoo.launch.summary import read_metrics
 from rlzoo.learning.losses import LossOutput
 from rlzoo.learning.optimization import clip_limit, skip_reason
-from rlzoo.loop import made_of
+from rlzoo.loop import microbatches_of
 from rlzoo.types import NoSuchScore, Rollouts
 from tests import warm
 from tests.recorded import recorded_rollouts
@@ -151,7 +151,7 @@ def test_a_loss_may_bring_a_score_of_its_own():
     algo.__class__ = Taught
     batches = prepared(algo, recorded_rollouts((3, 4)))
     del algo.must_score_old  # one update: no old log-probs, the teacher's all the same
-    for batch in [*batches, *made_of(recorded_rollouts((3, 4)), algo)]:
+    for batch in [*batches, *microbatches_of(recorded_rollouts((3, 4)), algo)]:
         assert (batch.teacher_logprobs[batch.response_mask] == -2).all()
         assert batch.to("cpu").with_rows(9).teacher_logprobs.shape[0] == 9
         assert algo.total_loss(algo.forward_scores(batch), batch).metrics["apart"] != 0

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.precision import Precision
 from rlzoo.algos import GRPO, RAFT, PolicyAlgorithm, ReinforceRej
 from rlzoo.errors import UserError
 from rlzoo.learning.microbatching import AGGREGATIONS
-from rlzoo.loop import made_of
+from rlzoo.loop import microbatches_of
 from rlzoo.models.logprobs import response_scores
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.conftest import make_tiny_model
@@ -154,7 +154,7 @@ def prepared(algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1) -> 
         accumulate_grad_batches=accumulate,
         precision_plugin=Precision(),
     )
-    return made_of(rollouts, algo)
+    return microbatches_of(rollouts, algo)
 
 
 def test_a_gap_between_engine_and_trainer_over_the_limit_stops_the_first_step_alone():

@@ -26,7 +26,6 @@ from rlzoo.launch.configuration import conf_dir
 from rlzoo.launch.schema import HYDRA, LIMITS, TOP, check_settings, is_node, signature_of
 from rlzoo.launch.trainer_keys import ARGUMENTS
 from rlzoo.report.ledger import Limits
-from rlzoo.report.progress import Bars
 from rlzoo.values import fits
 from tests.test_values import compose
 
@@ -36,8 +35,6 @@ GIVEN = {  # by argument: what a run hands over, which no key says
     "engine": SimpleNamespace(),
     "reward": lambda prompts, texts, truncated: None,
     "allocator": Uniform(),
-    "bars": Bars(enabled=False),
-    "limits": Limits(),
     "eos_token_ids": [0],
     "pad_token_id": 0,
 }
@@ -149,7 +146,7 @@ def walk(cfg: DictConfig, key: str) -> list[str]:
 def built(node: DictConfig, target: Any) -> Any:
     takes = inspect.signature(target).parameters
     handed = {name: value for name, value in GIVEN.items() if name in takes}
-    if "tokenizer" in takes and "bars" not in takes:
+    if "tokenizer" in takes and "source" not in takes:
         handed = {"tokenizer": GIVEN["tokenizer"]}
     made = instantiate(node, **handed)
     return made() if node.get("_partial_") and target.__name__ == "load_policy" else made

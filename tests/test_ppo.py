@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 from rlzoo.algos import PPO
-from rlzoo.loop import made_of
+from rlzoo.loop import microbatches_of
 from rlzoo.types import Rollouts
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
@@ -102,7 +102,7 @@ def updated(algo: PPO, rollouts: Rollouts) -> dict[str, bool]:
     )
     optimizer = torch.optim.AdamW(algo.parameter_groups(), lr=1e-3)
     rollouts.scores.clear()
-    (batch,) = made_of(rollouts, algo)
+    (batch,) = microbatches_of(rollouts, algo)
     algo.training_step(batch, 0).backward()
     algo.configure_gradient_clipping(optimizer, gradient_clip_val=1.0)
     optimizer.step()

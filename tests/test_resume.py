@@ -2,9 +2,7 @@
 kills two processes under every strategy, twenty times each."""
 
 import gc
-import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from lightning import Callback, LightningModule
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlzoo.bench._watched import WHERE
 from rlzoo.bench.resume import (
     OPTIONS,
     WatchedRun,
@@ -50,14 +47,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class ForkedRun(WatchedRun):
     """With ranks that start as torchrun's do, their imports behind them."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.folder, self.began = folder, time.monotonic()
-        self.where = folder.with_suffix(".where")
-        self.where.write_bytes(bytes(2))
-        variables = os.environ | {WHERE: str(self.where)}
-        arguments, said = [f"run_dir={folder}", *options], folder.with_suffix(".txt")
-        self.process = Ranks("rlzoo.bench._watched", arguments, said, variables=variables)
-        self.output = said.open()
+    def start(self, overrides: list[str], said: Path) -> Ranks:
+        return Ranks("rlzoo.run", overrides, said)
 
 
 def run_to_the_end(run_dir: Path, options: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from rlzoo.algos import PolicyAlgorithm
 from rlzoo.launch.configuration import conf_dir
-from rlzoo.loop import made_of
+from rlzoo.loop import microbatches_of
 from rlzoo.ranks.exchange import world
 from rlzoo.types import RolloutBatch, Rollouts
 from tests.conftest import make_tiny_model
@@ -68,7 +68,7 @@ def prepared(algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1) -> 
     )
     algo.must_score_old = lambda first: True
     rollouts.scores.clear()
-    return made_of(rollouts, algo)
+    return microbatches_of(rollouts, algo)
 
 
 def planned(

@@ -120,7 +120,7 @@ class PolicyAlgorithm(lightning.LightningModule):
         self.temperature, self.max_response_tokens = temperature, max_response_tokens
         self.max_tokens_per_microbatch, self.pad_token_id = max_tokens_per_microbatch, pad_token_id
         self.max_logprob_gap, self.seed = max_logprob_gap, seed
-        # Whether there are rollouts that do not train; an algorithm with a `select` may know better.
+        # Whether some rollouts do not train; an algorithm with a `select` may know better.
         self.can_reject = overlong_filter or type(self).select is not PolicyAlgorithm.select
         self.check_options()
         if kl_coef > 0:

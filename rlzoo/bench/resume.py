@@ -86,15 +86,23 @@ class WatchedRun:
         self.where = folder.with_suffix(".where")
         self.where.write_bytes(bytes(2))
         watched = f"{{_target_: rlzoo.bench._watched.Watched, where: '{self.where}'}}"
-        self.output = folder.with_suffix(".txt").open("a")
+        said = folder.with_suffix(".txt")
         self.began = time.monotonic()
-        self.process = subprocess.Popen(
-            [*RUN, f"run_dir={folder}", f"+callbacks.watched={watched}", *options],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+        self.process = self.start(
+            [f"run_dir={folder}", f"+callbacks.watched={watched}", *options], said
         )
+        self.output = said.open()
+
+    def start(self, overrides: list[str], said: Path) -> subprocess.Popen[bytes]:
+        """Starts the run; what it says is added to the file `said`."""
+        with said.open("a") as output:
+            return subprocess.Popen(
+                [*RUN, *overrides],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def __enter__(self) -> WatchedRun:
         return self

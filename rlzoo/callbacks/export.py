@@ -19,7 +19,7 @@ class Export(Callback):
 
     A policy with LoRA is written whole, adapters merged; the adapters alone go to `adapter/`, in
     peft's format. All but the weights is tried before the run draws anything. A failure at the end
-    is kept in `fault`: the rest of the end still happens, then `rlzoo.launch.training` speaks of it.
+    is kept in `fault`: the rest of the end still happens, then the run's last word speaks of it.
 
     Args:
         run_dir: where `policy/` goes.

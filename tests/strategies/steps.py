@@ -22,7 +22,7 @@ from torch import Tensor
 from rlzoo.algos import PolicyAlgorithm
 from rlzoo.callbacks.gvm import gradient_norms
 from rlzoo.engines.base import weights_checksum
-from rlzoo.loop import made_of
+from rlzoo.loop import microbatches_of
 from rlzoo.models.gather import gathered
 from rlzoo.models.policy import load_policy
 from rlzoo.ranks import exchange as distributed
@@ -126,7 +126,7 @@ class OneStep(lightning.LightningDataModule):
     def __iter__(self) -> Iterator[RolloutBatch]:
         algo = self.trainer.lightning_module
         algo.must_score_old = lambda first: True
-        batches = made_of(self.rollouts(), algo)
+        batches = microbatches_of(self.rollouts(), algo)
         if self.case.poison:
             for batch in batches[: self.case.accumulate]:
                 batch.advantages = batch.advantages * float("nan")
