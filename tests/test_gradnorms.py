@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rlzoo.callbacks.gvm import gradient_norms
-from rlzoo.models.gradnorms import head_gradient_norm, head_gradient_norms
+from rlzoo.models.gradnorms import head_gradient_norms
 from rlzoo.models.logprobs import response_scores
 from rlzoo.types import collate
 from tests.conftest import make_tiny_model
@@ -18,12 +18,14 @@ def test_closed_form_equals_autograd(num_tokens, temperature):
     tokens = torch.randint(50, (num_tokens,), generator=generator)
     logprobs = (hidden @ weight.T / temperature).log_softmax(-1)
     logprobs[torch.arange(num_tokens), tokens].sum().backward()
-    norm = head_gradient_norm(hidden, weight.detach(), tokens, temperature)
+    (norm,) = head_gradient_norms([hidden], weight.detach(), [tokens], temperature)
     assert norm.item() == pytest.approx(weight.grad.norm().item(), rel=1e-5)
 
 
 def test_a_rank_that_was_given_no_rollout_has_a_blank_one_of_norm_0():
-    nothing = head_gradient_norm(torch.zeros(0, 4), torch.ones(9, 4), torch.zeros(0).long(), 1.0)
+    (nothing,) = head_gradient_norms(
+        [torch.zeros(0, 4)], torch.ones(9, 4), [torch.zeros(0).long()], 1.0
+    )
     assert nothing.item() == 0
 
 
@@ -44,5 +46,5 @@ def test_a_row_without_tokens_has_norm_0_and_changes_no_other():
     hidden, weight, tokens = torch.randn(5, 16), torch.randn(50, 16), torch.arange(5)
     blank = torch.zeros(0, 16), torch.zeros(0, dtype=torch.long)
     norms = head_gradient_norms([hidden, blank[0]], weight, [tokens, blank[1]], 1.0)
-    assert norms.tolist() == [float(head_gradient_norm(hidden, weight, tokens, 1.0)), 0.0]
+    assert norms.tolist() == [float(head_gradient_norms([hidden], weight, [tokens], 1.0)), 0.0]
     assert head_gradient_norms([blank[0]], weight, [blank[1]], 1.0).tolist() == [0.0]

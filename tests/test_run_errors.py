@@ -43,7 +43,7 @@ def fail(*overrides: str) -> str:
 
 def test_a_mistake_costs_exit_code_2_and_no_stack_trace(tmp_path):
     output = finish(start(tmp_path / "run", "sampler.allocator.beta=1"), expected=2)
-    assert "sampler.allocator.beta must be at least 2, got 1" in output
+    assert "sampler.allocator.beta must be a number, at least 2, got 1" in output
     assert "Traceback" not in output
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlzoo.allocators.uniform import Uniform
-from rlzoo.errors import check_at_least
 from rlzoo.rewards.base import is_right
 from rlzoo.values import AtLeast1
 
@@ -19,7 +18,6 @@ class Dynamic(Uniform):
     """
 
     def __init__(self, max_rounds: AtLeast1 = 4) -> None:
-        check_at_least("sampler.allocator.max_rounds", max_rounds, 1)
         self.max_rounds = max_rounds
         self._degenerate: set[str] = set()  # of the round seen last
 

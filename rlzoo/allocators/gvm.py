@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 
 from rlzoo.allocators.base import OneRound, round_to_total
 from rlzoo.errors import UserError
 from rlzoo.rewards.base import is_right
-from rlzoo.values import AtLeast0, AtLeast1, Positive
+from rlzoo.values import AtLeast0, AtLeast1, Positive, Says
 
 
 def gvm_weights(
@@ -76,21 +77,13 @@ class GVMBudgets(OneRound):
     def __init__(
         self,
         alpha: Positive = 1e-3,
-        beta: float = 2.0,
+        beta: Annotated[float, Ge(2), Says("See arXiv:2505.02391 Eq. 7")] = 2.0,
         n_min: AtLeast0 = 0,
         n_max: AtLeast1 | None = None,
     ) -> None:
-        if not alpha > 0:
-            raise UserError(f"sampler.allocator.alpha must be above 0, got {alpha}.")
-        if not beta >= 2:
+        if n_max is not None and n_max < n_min:
             raise UserError(
-                f"sampler.allocator.beta must be at least 2, got {beta} (arXiv:2505.02391 Eq. 7)."
-            )
-        if n_min < 0:
-            raise UserError(f"sampler.allocator.n_min must be at least 0, got {n_min}.")
-        if n_max is not None and n_max < max(1, n_min):
-            raise UserError(
-                f"sampler.allocator.n_max must be null or at least {max(1, n_min)}, got {n_max}."
+                f"sampler.allocator.n_max must be null or at least n_min={n_min}, got {n_max}."
             )
         self.alpha, self.beta, self.n_min, self.n_max = alpha, beta, n_min, n_max
         self.accept_rates: dict[str, float] = {}

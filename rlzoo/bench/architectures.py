@@ -31,7 +31,7 @@ from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
 from rlzoo.models.checks import mode
 from rlzoo.models.gather import load_whole
-from rlzoo.models.gradnorms import head_gradient_norm
+from rlzoo.models.gradnorms import head_gradient_norms
 from rlzoo.models.loading import some
 from rlzoo.models.logits import transform_of
 from rlzoo.models.logprobs import response_hidden, response_scores, token_scores
@@ -196,7 +196,7 @@ def check_norm(policy: PreTrainedModel, batch: RolloutBatch) -> None:
     scores = token_scores(hidden, head, tokens, 0.8, transform=transform)
     (gradient,) = torch.autograd.grad(scores.logprobs.sum(), [head.weight])
     bias = getattr(head, "bias", None)
-    found = head_gradient_norm(hidden, head.weight.detach(), tokens, 0.8, bias, transform)
+    (found,) = head_gradient_norms([hidden], head.weight.detach(), [tokens], 0.8, bias, transform)
     if not (found / gradient.norm() - 1).abs() <= 1e-3:
         raise Wrong(f"the head's gradient norm is {float(found):.4g}, not {gradient.norm():.4g}")
 

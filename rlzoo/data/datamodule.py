@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from rlzoo.allocators.base import Allocator
 from rlzoo.allocators.uniform import Uniform
 from rlzoo.data import fingerprint
-from rlzoo.data.leaks import ON_OVERLAP, apart, check_alike
+from rlzoo.data.leaks import apart, check_alike
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import read_rollouts, rollout_files
 from rlzoo.engines.base import SamplingParams
-from rlzoo.errors import UserError, check_at_least, check_choice
+from rlzoo.errors import UserError
 from rlzoo.models.limits import check_length, check_prompts, limits_of
 from rlzoo.rng import derive_seed
 from rlzoo.types import Prompt, RolloutBatch, Rollouts
@@ -87,17 +87,6 @@ class RolloutDataModule(lightning.LightningDataModule):
         replay: PathText | None = None,
     ) -> None:
         super().__init__()
-        sizes = {
-            "prompts_per_epoch": prompts_per_epoch,
-            "responses_per_prompt": responses_per_prompt,
-            "responses_per_step": responses_per_step,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_response_tokens": max_response_tokens,
-            "val_responses": val_responses,
-        }
-        for key, value in sizes.items():
-            if value < 1:
-                raise UserError(f"datamodule.{key} must be at least 1, got {value}.")
         total = prompts_per_epoch * responses_per_prompt
         if total % responses_per_step:
             raise UserError(
@@ -112,7 +101,6 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.responses_per_prompt = responses_per_prompt
         self.total_budget, self.steps_per_epoch = total, total // responses_per_step
         self.max_prompt_tokens, self.on_too_long = max_prompt_tokens, on_too_long
-        check_choice("datamodule.on_overlap", on_overlap, ON_OVERLAP)
         self.on_overlap = on_overlap
         self.val_responses = val_responses
         check_truncation(top_p, top_k, allow_truncated_sampling)
@@ -280,10 +268,7 @@ class RolloutDataModule(lightning.LightningDataModule):
 
 
 def check_truncation(top_p: float, top_k: int, allowed: bool) -> None:
-    """Raises a UserError for values out of range, and for truncation not asked for twice."""
-    if not 0 < top_p <= 1:
-        raise UserError(f"datamodule.top_p must be in (0, 1], got {top_p}; 1 keeps every token.")
-    check_at_least("datamodule.top_k", top_k, 0)
+    """Raises a UserError for truncation not asked for twice."""
     if (top_p < 1 or top_k > 0) and not allowed:
         raise UserError(
             f"datamodule.top_p={top_p} with top_k={top_k} trains on samples of another distribution"

@@ -15,8 +15,6 @@ from rlzoo.types import Prompt
 
 log = logging.getLogger(__name__)
 
-ON_OVERLAP = ("warn", "drop", "error")
-
 
 def apart(train: Sequence[Prompt], val: Sequence[Prompt], on_overlap: str = "warn") -> list[Prompt]:
     """The training prompts, and a word on those that are also validated on, or stand there twice.

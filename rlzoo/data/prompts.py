@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from rlzoo.data.answers import ANSWER_FORMATS, BadRow, hashes, text_of, turns_and_text
-from rlzoo.data.files import FORMATS, content, data_files
+from rlzoo.data.files import content, data_files
 from rlzoo.data.readers import columns_and_match, no_such_column, read_rows, value_at
 from rlzoo.data.templates import PromptTemplate
-from rlzoo.errors import UserError, check_choice
+from rlzoo.errors import UserError
 from rlzoo.types import Prompt
 from rlzoo.values import AtLeast1, PathText, Seed, ShareBelow1, Text
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
 T = TypeVar("T")
 
 
@@ -60,7 +59,7 @@ class FilePrompts:
         template: how a question becomes tokens.
 
     Raises:
-        UserError: a value out of range; in `load`, a file that cannot be used.
+        UserError: no path, or no training prompts; in `load`, a file that cannot be used.
     """
 
     def __init__(
@@ -84,16 +83,11 @@ class FilePrompts:
     ) -> None:
         if path is None:
             raise UserError("data.path is not set: give the training file as data.path=FILE.")
-        check_choice("data.file_format", file_format, ("auto", *FORMATS))
-        check_choice("data.answer_format", answer_format, tuple(ANSWER_FORMATS))
-        check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
-        if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 - val_fraction):
+        if val_fraction + test_fraction >= 1:
             raise UserError(
-                "data.val_fraction and data.test_fraction must be at least 0 and together below 1,"
-                f" so that training prompts are left; got {val_fraction} and {test_fraction}."
+                "data.val_fraction and data.test_fraction must be together below 1, so that"
+                f" training prompts are left; got {val_fraction} and {test_fraction}."
             )
-        if max_prompts is not None and max_prompts < 1:
-            raise UserError(f"data.max_prompts must be null or at least 1, got {max_prompts}.")
         self.path, self.paths = path, {"val": val_path, "test": test_path}
         self.question_column, self.answer_column = question_column, answer_column
         self.solution_column, self.id_column = solution_column, id_column
@@ -111,7 +105,6 @@ class FilePrompts:
             UserError: a missing, empty or unreadable file, a column it has not, a bad row under
                 `on_bad_row=error`, or a split without prompts.
         """
-        check_choice("data.split", split, SPLITS)
         if (path := self.paths.get(split)) is not None:
             prompts = self.read(path, f"{split}_path")
         else:

@@ -17,7 +17,7 @@ from rlzoo.data import fingerprint
 from rlzoo.data.leaks import tell_shared
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import accepted
-from rlzoo.errors import UserError, check_choice
+from rlzoo.errors import UserError
 from rlzoo.models.limits import check_examples, limits_of
 from rlzoo.ranks.exchange import world
 from rlzoo.report.ledger import Limits
@@ -55,7 +55,7 @@ class SFTDataModule(lightning.LightningDataModule):
         rollout_step: blocks of `updates_per_step` updates begun in the run.
 
     Raises:
-        UserError: sizes below 1, prompts without solutions, examples over the limits.
+        UserError: two corpora, prompts without solutions, examples over the limits.
     """
 
     def __init__(
@@ -73,16 +73,6 @@ class SFTDataModule(lightning.LightningDataModule):
         seed: Seed = 0,
     ) -> None:
         super().__init__()
-        sizes = {
-            "batch_size": batch_size,
-            "updates_per_step": updates_per_step,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_response_tokens": max_response_tokens,
-        }
-        for key, value in sizes.items():
-            if value < 1:
-                raise UserError(f"datamodule.{key} must be at least 1, got {value}.")
-        check_choice("datamodule.on_too_long", on_too_long, ("error", "drop"))
         if corpus is not None and rollouts is not None:
             raise UserError("datamodule.corpus and datamodule.rollouts are both given: choose one.")
         self.source, self.tokenizer = source, tokenizer

@@ -9,7 +9,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 import jinja2.meta
@@ -75,7 +75,7 @@ class PromptTemplate:
         prompts: Sequence[Prompt],
         tokenizer: PreTrainedTokenizerBase,
         max_prompt_tokens: int,
-        on_too_long: str = "error",
+        on_too_long: Literal["error", "drop"] = "error",
     ) -> list[Prompt]:
         """The prompts with their `token_ids`, the opening of the assistant's turn included.
 
@@ -89,8 +89,6 @@ class PromptTemplate:
             UserError: a tokenizer that cannot render or end a turn, a chat template that does not
                 show the question or read the arguments, a prompt over the limit, or none within it.
         """
-        if on_too_long not in ("error", "drop"):
-            raise UserError(f"on_too_long must be error or drop, got {on_too_long!r}.")
         if prompts and tokenizer is not self._known:
             check_tokenizer(tokenizer, name_of(tokenizer))
             self.look_over(prompts, tokenizer, self.options(tokenizer))

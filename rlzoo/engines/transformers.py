@@ -18,7 +18,6 @@ from torch import Tensor
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version, weights_checksum
 from rlzoo.engines.decoding import choose_decoder
 from rlzoo.engines.shapes import checked_weights
-from rlzoo.errors import check_at_least
 from rlzoo.models.checks import check_placed
 from rlzoo.models.logprobs import sequence_logprobs
 from rlzoo.models.policy import without_lora
@@ -51,9 +50,6 @@ class TransformersEngine:
         pad_token_id: fills prompts on the left.
         max_rows: responses decoded at once; the rest wait. Bounds memory.
         device: "auto" takes CUDA where there is one.
-
-    Raises:
-        UserError: max_rows below 1.
     """
 
     def __init__(
@@ -64,7 +60,6 @@ class TransformersEngine:
         max_rows: AtLeast1 = 512,
         device: Device = "auto",
     ) -> None:
-        check_at_least("engine.max_rows", max_rows, 1)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device, self.max_rows, self.pad_token_id = torch.device(device), max_rows, pad_token_id

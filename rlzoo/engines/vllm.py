@@ -23,7 +23,7 @@ from rlzoo.engines.base import Request, Response, SamplingParams, check_version
 from rlzoo.engines.isolation import isolated
 from rlzoo.engines.shapes import checked_weights, expected_shapes
 from rlzoo.engines.vllm_options import check_joined, check_options
-from rlzoo.errors import UserError, check_at_least, check_choice
+from rlzoo.errors import UserError
 from rlzoo.models.limits import TokenLimits, check_length, longest_sequence
 from rlzoo.models.loading import load_config, model_directory
 from rlzoo.ranks.exchange import all_gather, world
@@ -60,7 +60,8 @@ class VLLMEngine:
         options: further arguments of vllm.LLM, by name; see `check_options`.
 
     Raises:
-        UserError: a value out of range, or a model too short for the longest sequence.
+        UserError: processes that tensor_parallel does not divide, options that rlzoo sets, or a
+            model too short for the longest sequence.
     """
 
     def __init__(
@@ -85,14 +86,6 @@ class VLLMEngine:
         processes: AtLeast1 | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        check_choice("engine.dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-        check_choice("engine.sleep_level", sleep_level, (0, 1, 2))
-        check_at_least("engine.max_num_seqs", max_num_seqs, 1)
-        check_at_least("engine.tensor_parallel", tensor_parallel, 1)
-        if not 0 < gpu_memory_share <= 1:
-            raise UserError(f"engine.gpu_memory_share must be in (0, 1], got {gpu_memory_share}.")
-        if kv_cache_gb is not None and not kv_cache_gb > 0:
-            raise UserError(f"engine.kv_cache_gb must be above 0 or null, got {kv_cache_gb}.")
         if processes is not None:
             check_joined(tensor_parallel, processes, "processes of each machine (trainer.devices)")
         check_options(options or {})
@@ -255,17 +248,9 @@ class VLLMEngine:
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Response]]:
         check_version(self, expected_version)
-        requests, mine = together(requests, self.tensor_parallel)
-        return self._generate(requests, params, on_progress)[mine]
-
-    def _generate(
-        self,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        on_progress: Callable[[int], None] | None,
-    ) -> list[list[Response]]:
         import vllm
 
+        requests, mine = together(requests, self.tensor_parallel)
         flat = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(requests[index].token_ids)} for index, _ in flat],
@@ -287,8 +272,11 @@ class VLLMEngine:
         )
         found: list[list[Response]] = [[] for _ in requests]
         for (index, _), output in zip(flat, outputs, strict=True):
-            found[index].append(response(output.outputs[0]))
-        return found
+            done = output.outputs[0]
+            found[index].append(
+                response(done.finish_reason, done.token_ids, done.logprobs.logprobs)
+            )
+        return found[mine]
 
 
 def together(requests: Sequence[Request], size: int) -> tuple[list[Request], slice]:
@@ -328,18 +316,18 @@ def import_vllm(log_file: Path) -> ModuleType:
     return vllm
 
 
-def response(completion: Any) -> Response:
-    """A Response from vLLM's CompletionOutput.
+def response(reason: str | None, token_ids: Sequence[int], logprobs: Sequence[float]) -> Response:
+    """A Response from what vLLM says of one.
 
     Raises:
         RuntimeError: the request was aborted.
     """
-    if completion.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a response with {completion.finish_reason!r}.")
+    if reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a response with {reason!r}.")
     return Response(
-        token_ids=torch.tensor(completion.token_ids),
-        logprobs=torch.tensor(completion.logprobs.logprobs, dtype=torch.float32),
-        truncated=completion.finish_reason == "length",
+        token_ids=torch.tensor(token_ids),
+        logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        truncated=reason == "length",
         near_ties=0,  # vLLM does not draw by inverse CDF
     )
 

@@ -12,10 +12,12 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import torch
+from annotated_types import MinLen
+from pydantic import StringConstraints
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,17 +25,23 @@ from rlzoo.engines.base import Request, Response, SamplingParams, check_version
 from rlzoo.engines.http import Replicas, key_from
 from rlzoo.engines.private_folder import PrivateFolder
 from rlzoo.engines.shapes import checked_weights, expected_shapes
+from rlzoo.engines.vllm import response
 from rlzoo.engines.weight_transfer import NcclTransfer, Replica, ask_replica, choose_transfer
-from rlzoo.errors import UserError, check_at_least, check_choice
+from rlzoo.errors import UserError
 from rlzoo.models.limits import TokenLimits, check_length, longest_sequence, text_config
 from rlzoo.models.loading import load_config, model_directory
 from rlzoo.ranks.exchange import all_gather, world
-from rlzoo.values import AtLeast1, PathText, Positive, Text
+from rlzoo.values import AtLeast1, PathText, Positive, Says, Text
 
 log = logging.getLogger(__name__)
 
 VLLM_VERSION = "0.32.0"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+Addresses = Annotated[
+    Sequence[Annotated[str, StringConstraints(min_length=1)]],
+    MinLen(1),
+    Says("Such as [http://localhost:8000]"),
+]
 COMPARED = ("architectures", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -77,7 +85,7 @@ class VLLMServerEngine:
         log_file: where messages of vLLM's nccl transfer go.
 
     Raises:
-        UserError: no address, a value out of range, or transfer=nccl without CUDA.
+        UserError: transfer=nccl without CUDA, a folder that is none, or no such key.
     """
 
     def __init__(
@@ -86,7 +94,7 @@ class VLLMServerEngine:
         eos_token_ids: Sequence[int],
         pad_token_id: int = 0,
         *,
-        addresses: Sequence[Text],
+        addresses: Addresses,
         max_prompt_tokens: AtLeast1,
         max_response_tokens: AtLeast1,
         transfer: Literal["auto", "folder", "nccl"] = "auto",
@@ -97,14 +105,6 @@ class VLLMServerEngine:
         trust_remote_code: bool = False,
         log_file: PathText = "vllm.log",
     ) -> None:
-        check_choice("engine.transfer", transfer, ("auto", "folder", "nccl"))
-        if not addresses:
-            raise UserError(
-                "engine=vllm_server needs engine.addresses, such as [http://localhost:8000]."
-            )
-        check_at_least("engine.concurrency", concurrency, 1)
-        if not timeout > 0:
-            raise UserError(f"engine.timeout must be above 0 s, got {timeout}.")
         if transfer == "nccl":
             choose_transfer(transfer, torch.cuda.is_available(), {})
         elif not Path(folder).is_dir():
@@ -310,7 +310,9 @@ class VLLMServerEngine:
         jobs = [{"token_ids": prompts[i], "sampling_params": shared | {"seed": s}} for i, s in flat]
         found: list[list[Response]] = [[] for _ in requests]
         for (index, _), answer in zip(flat, self._answers(jobs, on_progress), strict=True):
-            found[index].append(response(answer["choices"][0]))
+            choice = answer["choices"][0]
+            logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+            found[index].append(response(choice["finish_reason"], choice["token_ids"], logprobs))
         return found
 
     def _answers(
@@ -318,20 +320,3 @@ class VLLMServerEngine:
     ) -> list[dict[str, Any]]:
         told = on_progress or (lambda n: None)
         return self.replicas.answers("/inference/v1/generate", jobs, self.concurrency, told)
-
-
-def response(choice: dict[str, Any]) -> Response:
-    """A Response from a choice of vLLM's token-in token-out endpoint.
-
-    Raises:
-        RuntimeError: the request was aborted.
-    """
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a response with {choice['finish_reason']!r}.")
-    logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-    return Response(
-        token_ids=torch.tensor(choice["token_ids"]),
-        logprobs=torch.tensor(logprobs, dtype=torch.float32),
-        truncated=choice["finish_reason"] == "length",
-        near_ties=0,  # vLLM does not draw by inverse CDF
-    )

@@ -18,19 +18,6 @@ from rlzoo.models.logits import PLAIN, LogitTransform
 CHUNK_ELEMENTS = 2**25  # logits of one response held at once, elements of float32 (128 MiB)
 
 
-def head_gradient_norm(
-    hidden: Tensor,
-    head_weight: Tensor,
-    tokens: Tensor,
-    temperature: float,
-    head_bias: Tensor | None = None,
-    transform: LogitTransform = PLAIN,
-) -> Tensor:
-    """|| d/dW sum_t log pi(token_t) ||_2 of one response, [] float32; see `head_gradient_norms`."""
-    found = head_gradient_norms([hidden], head_weight, [tokens], temperature, head_bias, transform)
-    return found[0]
-
-
 def head_gradient_norms(
     hidden: Sequence[Tensor],
     head_weight: Tensor,

@@ -8,21 +8,29 @@ trained model is not changed for it, since adding and taking away again leaves r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import MinLen
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlzoo.errors import UserError, check_at_least
+from rlzoo.errors import UserError
 from rlzoo.models.gather import gathered, gathered_in_place, whole
+from rlzoo.values import AtLeast1, Positive, ShareBelow1, Text, misfit
 
 DEFAULTS = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
+KINDS: dict[str, Any] = {
+    "r": AtLeast1,
+    "alpha": Positive,
+    "dropout": ShareBelow1,
+    "target_modules": Literal["all-linear"] | Annotated[Sequence[Text], MinLen(1)],
+}
 NAME = "default"  # peft's name for a model's only adapter
 
 
@@ -37,25 +45,12 @@ def lora_settings(lora: object) -> dict[str, Any]:
     if unknown := sorted(map(str, lora.keys() - DEFAULTS.keys())):
         raise UserError(f"model.lora has no key {unknown[0]}; it has {', '.join(DEFAULTS)}.")
     settings = DEFAULTS | dict(lora)
-    for key in ("r", "alpha", "dropout"):
-        if isinstance(settings[key], bool) or not isinstance(settings[key], (int, float)):
-            raise UserError(f"model.lora.{key} must be a number, got {settings[key]!r}.")
-    check_at_least("model.lora.r", settings["r"], 1)
-    if settings["r"] != int(settings["r"]):
-        raise UserError(f"model.lora.r must be a whole number, got {settings['r']}.")
-    if settings["alpha"] <= 0:
-        raise UserError(f"model.lora.alpha must be above 0, got {settings['alpha']}.")
-    if not 0 <= settings["dropout"] < 1:
-        raise UserError(f"model.lora.dropout must be in [0, 1), got {settings['dropout']}.")
-    if settings["target_modules"] != "all-linear":
-        names = settings["target_modules"]
-        names = [names] if isinstance(names, str) else list(names or ())
-        if not names or not all(isinstance(name, str) and name for name in names):
-            raise UserError(
-                "model.lora.target_modules must be all-linear or a list of module names, got"
-                f" {settings['target_modules']!r}."
-            )
-        settings["target_modules"] = names
+    names = settings["target_modules"]
+    if isinstance(names, Sequence) and names != "all-linear":
+        settings["target_modules"] = [names] if isinstance(names, str) else list(names)
+    for key, kind in KINDS.items():
+        if (problem := misfit(kind, settings[key])) is not None:
+            raise UserError(f"model.lora.{key} {problem}")
     return settings
 
 

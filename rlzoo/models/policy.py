@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 def load_policy(
     path: str,
-    dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     attention: str = "sdpa",
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
@@ -53,8 +53,6 @@ def load_policy(
         UserError: no model there; weights that are missing, left over, broken or do not fit it; a
             family whose log-probs rlzoo cannot take; or bad settings of LoRA.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"model.dtype must be float32, bfloat16 or float16; got {dtype!r}.")
     if dtype == "float16" and lora is None:
         raise UserError(
             "model.dtype=float16 cannot hold weights that train: the optimizer's smallest numbers"

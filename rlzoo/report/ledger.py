@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rlzoo.errors import UserError
 from rlzoo.ranks.whereabouts import HERE
 
 PAID = ("train", "pilot")  # streams whose responses the budget pays for
@@ -23,11 +22,6 @@ class Limits:
     max_tokens: int | None = None  # generated tokens of paid responses
     max_seconds: float | None = None  # of wall time, resumed parts added up
     max_updates: int | None = None  # optimizer steps
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not value > 0:  # NaN would never stop
-                raise UserError(f"limits.{name} must be positive or null, got {value}.")
 
 
 class Ledger:

@@ -7,27 +7,25 @@ one costs its worker, never another answer's verdict.
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
-from typing import TypeVar
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 
-from rlzoo.errors import UserError
 from rlzoo.rewards.base import Scores, Verdict
 from rlzoo.rewards.boxes import shorten
 from rlzoo.rewards.processes import Worker, WorkerServer
 from rlzoo.types import Prompt
-from rlzoo.values import AtLeast1, Positive
+from rlzoo.values import AtLeast1
 
 _NO_ANSWER = r"\boxed{\text{no answer at all}}"
 _BATCH = 16  # answers sent at once; a message costs about as much as the shortest answer
-Number = TypeVar("Number", int, float)
 
 
 class VerifierPool:
@@ -53,18 +51,16 @@ class VerifierPool:
     def __init__(
         self,
         *,
-        num_workers: int = 2,
-        seconds_per_answer: float = 2.0,
-        memory_mb: int = 1024,
-        max_answer_chars: int = 20_000,
-        recycle_after: int = 20_000,
+        num_workers: AtLeast1 = 2,
+        seconds_per_answer: Annotated[float, Ge(0.01)] = 2.0,
+        memory_mb: Annotated[int, Ge(16)] = 1024,
+        max_answer_chars: AtLeast1 = 20_000,
+        recycle_after: AtLeast1 = 20_000,
     ) -> None:
-        self.num_workers = _at_least("num_workers", num_workers, 1)
-        self.seconds_per_answer = _at_least("seconds_per_answer", seconds_per_answer, 0.01)
-        self.memory_mb = _at_least("memory_mb", memory_mb, 16)
-        self.max_answer_chars = _at_least("max_answer_chars", max_answer_chars, 1)
-        self.recycle_after = _at_least("recycle_after", recycle_after, 1)
-        self.unparsed_golds: list[int] = []  # positions in the last call's golds
+        self.num_workers, self.seconds_per_answer = num_workers, seconds_per_answer
+        self.memory_mb, self.max_answer_chars = memory_mb, max_answer_chars
+        self.recycle_after = recycle_after
+        self.unparsed_places: list[int] = []  # of the last call's golds
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._server: WorkerServer | None = None
@@ -97,6 +93,7 @@ class VerifierPool:
                 raise
 
     def close(self) -> None:
+        """End the worker processes; a later call starts them again."""
         with self._lock:
             self._stop()
 
@@ -109,7 +106,7 @@ class VerifierPool:
     def _verify(
         self, golds: Sequence[str], responses: Sequence[str], on_progress: Callable[[int], None]
     ) -> list[Verdict]:
-        self.unparsed_golds = []
+        self.unparsed_places = []
         verdicts = [Verdict.UNVERIFIABLE] * len(responses)
         answers = [shorten(response) for response in responses]
         longest = [max(len(g), len(a)) for g, a in zip(golds, answers, strict=True)]
@@ -167,7 +164,7 @@ class VerifierPool:
                 position = worker.batch.popleft()
                 verdicts[position] = verdict
                 if verdict is Verdict.UNVERIFIABLE:  # a worker that lives says it of golds alone
-                    self.unparsed_golds.append(position)
+                    self.unparsed_places.append(position)
                 worker.answered += 1
                 worker.begin(self.seconds_per_answer)
         except (EOFError, ConnectionResetError):
@@ -203,8 +200,9 @@ class VerifierPool:
         self._server, self._workers = None, []
 
 
-class MathReward:
-    """1 for a right final answer, 0 for any other; the verdict tells wrong from unverifiable.
+class MathReward(VerifierPool):
+    """A pool that is a reward: 1 for a right final answer, 0 for any other; the verdict tells wrong
+    from unverifiable.
 
     After a call, `unparsed_golds` has the prompt's id for each response that is unverifiable
     because its gold answer cannot be parsed.
@@ -212,26 +210,11 @@ class MathReward:
     Args:
         truncated_is_wrong: a response cut off at the length limit is WRONG unseen. Otherwise it
             is judged as it stands, as in the reference code, and a result on the way may count.
-        (the others): see `VerifierPool`.
+        limits: see `VerifierPool`.
     """
 
-    def __init__(
-        self,
-        *,
-        num_workers: AtLeast1 = 2,
-        seconds_per_answer: Positive = 2.0,
-        memory_mb: AtLeast1 = 1024,
-        max_answer_chars: AtLeast1 = 20_000,
-        recycle_after: AtLeast1 = 20_000,
-        truncated_is_wrong: bool = False,
-    ) -> None:
-        self.pool = VerifierPool(
-            num_workers=num_workers,
-            seconds_per_answer=seconds_per_answer,
-            memory_mb=memory_mb,
-            max_answer_chars=max_answer_chars,
-            recycle_after=recycle_after,
-        )
+    def __init__(self, *, truncated_is_wrong: bool = False, **limits: Any) -> None:
+        super().__init__(**limits)
         self.truncated_is_wrong = truncated_is_wrong
         self.unparsed_golds: list[str] = []
 
@@ -251,23 +234,12 @@ class MathReward:
         golds, responses = [prompts[i].answer for i in judged], [texts[i] for i in judged]
         num_unseen = len(texts) - len(judged)
         report = on_progress and (lambda num_known: on_progress(num_unseen + num_known))
-        known = self.pool.verify(golds, responses, report)
+        known = self.verify(golds, responses, report)
         verdicts[judged] = torch.tensor(known, dtype=torch.int8)
-        self.unparsed_golds = [prompts[judged[i]].id for i in self.pool.unparsed_golds]
+        self.unparsed_golds = [prompts[judged[i]].id for i in self.unparsed_places]
         return Scores((verdicts == int(Verdict.RIGHT)).float(), verdicts)
 
     def unparsed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts whose gold answer cannot be parsed: only its very words would be right."""
-        self.pool.verify([p.answer for p in prompts], [_NO_ANSWER] * len(prompts))
-        return [prompts[i] for i in sorted(self.pool.unparsed_golds)]
-
-    def close(self) -> None:
-        """End the worker processes; a later call starts them again."""
-        self.pool.close()
-
-
-def _at_least(key: str, value: Number, least: Number) -> Number:
-    kind, words = (int, "a whole number") if isinstance(least, int) else (int | float, "a number")
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
-        raise UserError(f"reward.{key} must be {words} of at least {least}, got {value!r}.")
-    return value
+        self.verify([p.answer for p in prompts], [_NO_ANSWER] * len(prompts))
+        return [prompts[i] for i in sorted(self.unparsed_places)]

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlzoo.errors import UserError, check_choice
+from rlzoo.errors import UserError
 from rlzoo.learning.optimization import Trained, clip_limit
 from rlzoo.values import AtLeast0, Positive
 
@@ -55,7 +55,7 @@ class DeepSpeed(DeepSpeedStrategy):
         options: further settings of DeepSpeed's `zero_optimization`.
 
     Raises:
-        UserError: DeepSpeed is not installed, or a value is out of range.
+        UserError: DeepSpeed is not installed, or does not take one of the options.
     """
 
     def __init__(
@@ -66,7 +66,6 @@ class DeepSpeed(DeepSpeedStrategy):
         timeout: Positive = 1800.0,
         options: dict[str, Any] | None = None,
     ) -> None:
-        check_choice("strategy.stage", stage, (1, 2, 3))
         import_deepspeed(stage)
         zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
         if stage == 3:

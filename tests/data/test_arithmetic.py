@@ -124,19 +124,6 @@ def test_an_exhausted_split_is_an_error_that_says_how_many_there_are() -> None:
     assert {p.question for p in fits} == {q for q in equations if split_of(q) == "val"}
 
 
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"families": ("sums", "powers")}, "data.families holds 'powers'"),
-        ({"levels": (1, 6)}, "data.levels holds 6"),
-        ({"num_val": 0}, "data.num_val"),
-    ],
-)
-def test_a_setting_out_of_range_is_an_error_that_names_it(options: dict, key: str) -> None:
-    with pytest.raises(UserError, match=key):
-        ArithmeticPrompts(**options)
-
-
 def test_an_unknown_split_is_an_error() -> None:
     with pytest.raises(UserError, match="no split 'validation'"):
         ArithmeticPrompts().load("validation")

@@ -319,13 +319,7 @@ def test_a_split_without_prompts_is_an_error_that_names_the_key(write: Writer) -
     ("options", "key"),
     [
         ({"path": None}, "data.path"),
-        ({"answer_format": "box"}, "data.answer_format"),
-        ({"on_bad_row": "ignore"}, "data.on_bad_row"),
-        ({"file_format": "xml"}, "data.file_format"),
-        ({"val_fraction": 1.0}, "data.val_fraction"),
-        ({"val_fraction": -0.1}, "data.val_fraction"),
         ({"val_fraction": 0.6, "test_fraction": 0.5}, "data.test_fraction"),
-        ({"max_prompts": 0}, "data.max_prompts"),
     ],
 )
 def test_a_setting_out_of_range_is_an_error_that_names_it(

@@ -101,11 +101,6 @@ def test_dropping_every_prompt_is_an_error(tokenizer: PreTrainedTokenizerFast) -
         PromptTemplate().encode(prompts("2 + 2?"), tokenizer, 5, on_too_long="drop")
 
 
-def test_an_unknown_on_too_long_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="on_too_long must be error or drop, got 'cut'"):
-        PromptTemplate().encode(prompts("2 + 2?"), tokenizer, 500, on_too_long="cut")
-
-
 def test_a_tokenizer_without_chat_template_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):

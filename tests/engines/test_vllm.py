@@ -194,16 +194,6 @@ def test_sequences_longer_than_the_model_are_refused_before_the_start(folder):
         VLLMEngine(str(folder), [EOS], max_prompt_tokens=200, max_response_tokens=57)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [{"gpu_memory_share": 1.5}, {"kv_cache_gb": 0.0}, {"sleep_level": 3}, {"dtype": "int8"}],
-)
-def test_a_value_out_of_range_is_named(folder, option):
-    (name,) = option
-    with pytest.raises(UserError, match=f"engine.{name}"):
-        VLLMEngine(str(folder), [EOS], max_prompt_tokens=8, max_response_tokens=8, **option)
-
-
 def test_a_machine_without_vllm_is_told_what_to_install(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     log_file = str(tmp_path / "vllm.log")

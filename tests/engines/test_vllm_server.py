@@ -201,11 +201,6 @@ def test_an_address_that_does_not_answer_comes_with_the_command_that_starts_one(
         engine.wake()
 
 
-def test_addresses_must_be_given(policy_path):
-    with pytest.raises(UserError, match="engine.addresses"):
-        make(policy_path, [])
-
-
 GOOD = {
     "vllm": "0.32.0",
     "version": -1,

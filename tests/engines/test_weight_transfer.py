@@ -310,5 +310,3 @@ def test_nccl_without_cuda_is_refused_before_anything_starts(tmp_path, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="engine.transfer=nccl: the trainer has no CUDA device"):
         make("http://127.0.0.1:1", tmp_path, transfer="nccl")
-    with pytest.raises(UserError, match="engine.transfer must be one of auto, folder, nccl"):
-        make("http://127.0.0.1:1", tmp_path, transfer="rdma")

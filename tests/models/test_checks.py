@@ -14,7 +14,7 @@ from rlzoo.engines.decoding import CachedDecoder, RecomputingDecoder
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
 from rlzoo.models.checks import check_policy, probe_ids
-from rlzoo.models.gradnorms import head_gradient_norm
+from rlzoo.models.gradnorms import head_gradient_norms
 from rlzoo.models.limits import longest_sequence
 from rlzoo.models.logits import LogitTransform, transform_of
 from rlzoo.models.policy import load_policy
@@ -98,7 +98,7 @@ def test_gradient_norms_follow_the_chain_rule_in_chunks(num_tokens, chunk, trans
     bias, tokens = torch.randn(50, generator=draw), torch.randint(50, (num_tokens,), generator=draw)
     logprobs = (transform(hidden @ weight.T + bias) / 0.7).log_softmax(-1)
     logprobs[torch.arange(num_tokens), tokens].sum().backward()
-    norm = head_gradient_norm(hidden, weight.detach(), tokens, 0.7, bias, transform)
+    (norm,) = head_gradient_norms([hidden], weight.detach(), [tokens], 0.7, bias, transform)
     assert norm.item() == pytest.approx(weight.grad.norm().item(), rel=1e-5)
 
 
