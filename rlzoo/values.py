@@ -75,12 +75,13 @@ def fits(annotation: Any, value: object) -> bool:
         return any(type(part) is type(value) and part == value for part in parts)
     if typing.get_origin(plain) in (Union, types.UnionType):
         return any(fits(part, value) for part in parts)
-    adapter = adapter_of(annotation)
     try:
-        if adapter is not None:
+        if (adapter := adapter_of(annotation)) is not None:
             adapter.validate_json(json.dumps(value, default=str))
     except ValidationError:
         return False
+    except TypeError:  # not hashable, so not one of ours
+        return True
     return True
 
 
@@ -95,15 +96,8 @@ def without_says(annotation: Any) -> Any:
     return typing.get_args(annotation)[0] if alone else annotation
 
 
-def adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
-    try:
-        return _adapter(annotation)
-    except TypeError:  # not hashable
-        return None
-
-
 @cache
-def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
+def adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
     try:
         return TypeAdapter(annotation, config=STRICT)
     except (PydanticUserError, SchemaError):
@@ -186,10 +180,8 @@ def mend(annotation: Any, value: object) -> str:
             for meant in plain_meanings(wanted):
                 if fits(annotation, meant):
                     return f" Write {json.dumps(meant)}, without quotes."
-    if not isinstance(value, (list, str, Mapping)) and fits(annotation, [value]):
-        return f" Write [{json.dumps(value)}]."
-    if isinstance(value, str) and fits(annotation, [value]):
-        return f" Write [{value}]."
+    if not isinstance(value, (list, Mapping)) and fits(annotation, [value]):
+        return f" Write [{value if isinstance(value, str) else json.dumps(value)}]."
     return ""
 
 

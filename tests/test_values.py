@@ -126,6 +126,8 @@ NO_VALUES = {
     "engine.transformers.max_rows=0": "engine.transformers.max_rows must be a whole number",
     "engine=vllm engine.sleep_level=3": "engine.sleep_level must be one of 0, 1, 2, got 3",
     "engine=vllm engine.gpu_memory_share=1.5": "engine.gpu_memory_share must be a number, above",
+    "engine=vllm engine.gpu_memory_share=nan": "engine.gpu_memory_share must be a number, above",
+    "engine=vllm engine.kv_cache_gb=nan": "engine.kv_cache_gb must be a number, above 0, or null",
     "engine=vllm engine.kv_cache_gb=0": "engine.kv_cache_gb must be a number, above 0, or null",
     "engine=vllm engine.dtype=int8": "engine.dtype must be one of 'auto', 'float32', 'bfloat16'",
     "engine=vllm engine.max_num_seqs=0": "engine.max_num_seqs must be a whole number, at least 1",

@@ -1,31 +1,35 @@
-"""The allocator protocol: observe prompts, then share out responses. No models, no engine."""
+"""What an allocator is: observe prompts, then share out responses. No models, no engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 
-class Allocator(Protocol):
-    max_rounds: int  # draws of one rollout step; 1: none after the first
+class Allocator:
+    """Shares responses out. This base plans once per epoch and keeps nothing: the rest is said anew
+    where it differs."""
+
+    max_rounds = 1  # draws of one rollout step; 1: none after the first
 
     def observe(
         self,
         prompt_ids: Sequence[str],
         rewards: Sequence[Sequence[float]],
-        lengths: Sequence[Sequence[int]],
         grad_norms: Sequence[float] | None = None,
     ) -> None:
-        """What was seen of each prompt: its responses' rewards in [0, 1] and token counts, and
-        the mean gradient norm of its correct responses (0 if there was none)."""
+        """What was seen of each prompt: its responses' rewards in [0, 1], and the mean gradient
+        norm of its correct responses (0 if there was none)."""
 
-    def allocate(self, prompt_ids: Sequence[str], total: int, round_: int = 0) -> list[int]:
+    def allocate(self, prompt_ids: Sequence[str], total: int) -> list[int]:
         """Budgets in the order of `prompt_ids`, each >= 0, of sum exactly `total`."""
+        raise NotImplementedError
 
     def done(self, prompt_id: str) -> bool:
         """Whether a prompt needs no further round within this rollout step."""
+        return True
 
     def bounds(self, prompts: int, total: int) -> tuple[int, int]:
         """The least and the most responses that `allocate` may give to one prompt.
@@ -33,37 +37,13 @@ class Allocator(Protocol):
         Raises:
             UserError: no budgets within the allocator's own bounds have that sum.
         """
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class OneRound:
-    """Base of allocators that plan once per epoch and keep nothing: what need not be said anew."""
-
-    max_rounds = 1
-
-    def observe(
-        self,
-        prompt_ids: Sequence[str],
-        rewards: Sequence[Sequence[float]],
-        lengths: Sequence[Sequence[int]],
-        grad_norms: Sequence[float] | None = None,
-    ) -> None:
-        pass
-
-    def done(self, prompt_id: str) -> bool:
-        return True
-
-    def bounds(self, prompts: int, total: int) -> tuple[int, int]:
         return 0, total
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Goes on from a `state_dict`."""
 
 
 def round_to_total(

@@ -25,7 +25,6 @@ class Dynamic(Uniform):
         self,
         prompt_ids: Sequence[str],
         rewards: Sequence[Sequence[float]],
-        lengths: Sequence[Sequence[int]],
         grad_norms: Sequence[float] | None = None,
     ) -> None:
         self._degenerate = {

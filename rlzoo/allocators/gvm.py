@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Ge
 
-from rlzoo.allocators.base import OneRound, round_to_total
+from rlzoo.allocators.base import Allocator, round_to_total
 from rlzoo.errors import UserError
 from rlzoo.rewards.base import is_right
 from rlzoo.values import AtLeast0, AtLeast1, Positive, Says
@@ -63,7 +63,7 @@ def gvm_budgets(
     return round_to_total(weights / weights.sum(), total, low=n_min, high=n_max)
 
 
-class GVMBudgets(OneRound):
+class GVMBudgets(Allocator):
     """Gives more responses to prompts whose gradient is large or hard to come by.
 
     A prompt none of whose pilots was correct gets `n_min` responses: 0 drops it for the epoch, as
@@ -93,7 +93,6 @@ class GVMBudgets(OneRound):
         self,
         prompt_ids: Sequence[str],
         rewards: Sequence[Sequence[float]],
-        lengths: Sequence[Sequence[int]],
         grad_norms: Sequence[float] | None = None,
     ) -> None:
         """Keeps the latest round of pilots alone: older ones are of another policy."""
@@ -119,7 +118,7 @@ class GVMBudgets(OneRound):
         most = total - self.n_min * (prompts - 1)
         return self.n_min, most if self.n_max is None else min(most, self.n_max)
 
-    def allocate(self, prompt_ids: Sequence[str], total: int, round_: int = 0) -> list[int]:
+    def allocate(self, prompt_ids: Sequence[str], total: int) -> list[int]:
         self.bounds(len(prompt_ids), total)
         return gvm_budgets(
             np.array([self.accept_rates[i] for i in prompt_ids]),

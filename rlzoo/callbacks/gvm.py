@@ -87,7 +87,6 @@ class GVM(Replan):
         data.allocator.observe(
             [prompt.id for prompt in prompts],
             [hit.tolist() for hit in hits],
-            [length.tolist() for length in rollouts.lengths.split(sizes)],
             mean_norms,
         )
         return [float(hit.mean()) for hit in hits], mean_norms

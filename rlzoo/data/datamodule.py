@@ -269,11 +269,12 @@ class RolloutDataModule(lightning.LightningDataModule):
 
 def check_truncation(top_p: float, top_k: int, allowed: bool) -> None:
     """Raises a UserError for truncation not asked for twice."""
-    if (top_p < 1 or top_k > 0) and not allowed:
+    if top_p == 1 and top_k == 0:
+        return
+    if not allowed:
         raise UserError(
             f"datamodule.top_p={top_p} with top_k={top_k} trains on samples of another distribution"
             " than the one whose log-probs the loss takes. Leave them at 1 and 0, or insist with"
             " datamodule.allow_truncated_sampling=true."
         )
-    if top_p < 1 or top_k > 0:
-        log.warning("Truncated sampling: ratios and gradients are of the whole distribution.")
+    log.warning("Truncated sampling: ratios and gradients are of the whole distribution.")

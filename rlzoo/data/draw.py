@@ -106,14 +106,13 @@ class Drawer:
             ids, last = [prompt.id for prompt in parts[-1].prompts], parts[-1]
             sizes = torch.bincount(last.group_ids, minlength=len(ids)).tolist()
             rewards = [part.tolist() for part in last.rewards.split(sizes)]
-            lengths = [part.tolist() for part in last.lengths.split(sizes)]
-            allocator.observe(ids, rewards, lengths)
+            allocator.observe(ids, rewards)
             fresh = data.others(used, sum(not allocator.done(i) for i in ids))
             if not fresh:
                 break
             used |= {prompt.id for prompt in fresh}
             total = len(fresh) * data.responses_per_prompt
-            budgets = allocator.allocate([prompt.id for prompt in fresh], total, round_)
+            budgets = allocator.allocate([prompt.id for prompt in fresh], total)
             parts.append(self.draw(fresh, budgets, "train", step, round_))
         return dataclasses.replace(concatenate(parts), rounds=len(parts))
 

@@ -18,7 +18,7 @@ from rlzoo.data.leaks import tell_shared
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import accepted
 from rlzoo.errors import UserError
-from rlzoo.models.limits import check_examples, limits_of
+from rlzoo.models.limits import check_example, limits_of
 from rlzoo.ranks.exchange import world
 from rlzoo.report.ledger import Limits
 from rlzoo.rng import derive_seed
@@ -150,7 +150,7 @@ class SFTDataModule(lightning.LightningDataModule):
                     raise UserError(f"Example {i} of {what} has an empty solution. Leave it out.")
                 reason = self.too_long(len(prompt.token_ids), len(response))
                 if reason is None:
-                    check_examples(limits_of(self.tokenizer), [prompt], [response])
+                    check_example(limits_of(self.tokenizer), prompt, response)
                     kept.append(i)
                     hashes.add(hash(tuple(prompt.token_ids)))
                 elif self.on_too_long == "error":
@@ -208,19 +208,12 @@ class SFTDataModule(lightning.LightningDataModule):
                 if reason := self.too_long(len(prompt.token_ids), len(response)):
                     raise UserError(f"An example of the corpus has {reason}. Raise the limit.")
         divisor = float(sum(len(r) for _, responses in encoded for r in responses))
-        return [self.collated(*part, divisor, rank, world_size) for part in encoded]
-
-    def collated(
-        self,
-        prompts: list[Prompt],
-        responses: list[Tensor],
-        divisor: float,
-        rank: int,
-        world_size: int,
-    ) -> RolloutBatch:
-        pairs = zip(prompts[rank::world_size], responses[rank::world_size], strict=True)
-        rows = [BatchRow(prompt.token_ids, response) for prompt, response in pairs]
-        return collate(rows, self.tokenizer.pad_token_id, divisor)
+        batches = []
+        for prompts, responses in encoded:
+            mine = zip(prompts[rank::world_size], responses[rank::world_size], strict=True)
+            rows = [BatchRow(prompt.token_ids, response) for prompt, response in mine]
+            batches.append(collate(rows, self.tokenizer.pad_token_id, divisor))
+        return batches
 
     def updates(self, accumulate: int) -> Iterator[list[RolloutBatch]]:
         """This rank's microbatches of each update of the next block; the corpus wraps."""

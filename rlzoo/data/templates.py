@@ -173,16 +173,35 @@ class PromptTemplate:
         return options
 
     def render(
-        self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+        self,
+        prompt: Prompt,
+        tokenizer: PreTrainedTokenizerBase,
+        options: Mapping[str, Any],
+        opened: bool = True,
     ) -> str:
         """The prompt as text, special tokens included.
+
+        Args:
+            opened: whether the opening of the assistant's turn follows.
 
         Raises:
             UserError: the chat template refused it, or left the question out.
         """
-        turns = prompt.turns or self.turns(prompt.question)
-        text = self.apply(turns, prompt, tokenizer, options)
-        for turn in turns:
+        turns = list(prompt.turns or self.turns(prompt.question))
+        try:
+            text = str(
+                tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=opened, tokenize=False, **options
+                )
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            mend = ""
+            if prompt.turns is None and self.system is not None:
+                mend = " If it has no system turn, set data.template.system=null."
+            raise UserError(
+                f"The tokenizer's chat template refused prompt {prompt.id!r}: {error}.{mend}"
+            ) from error
+        for turn in turns if opened else ():
             if turn["role"] != "assistant" and not shows(text, turn["content"]):
                 mend = "Use another model's tokenizer, or mend its chat_template.jinja."
                 if turn["role"] == "system" and prompt.turns is None:
@@ -192,27 +211,6 @@ class PromptTemplate:
                     f" of prompt {prompt.id!r}, so that the policy would never see it. {mend}"
                 )
         return text
-
-    def apply(
-        self,
-        turns: Sequence[dict[str, Any]],
-        prompt: Prompt,
-        tokenizer: PreTrainedTokenizerBase,
-        options: Mapping[str, Any],
-        opened: bool = True,
-    ) -> str:
-        try:
-            text = tokenizer.apply_chat_template(
-                list(turns), add_generation_prompt=opened, tokenize=False, **options
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-            mend = ""
-            if prompt.turns is None and self.system is not None:
-                mend = " If it has no system turn, set data.template.system=null."
-            raise UserError(
-                f"The tokenizer's chat template refused prompt {prompt.id!r}: {error}.{mend}"
-            ) from error
-        return str(text)
 
     def look_over(
         self,
@@ -229,8 +227,7 @@ class PromptTemplate:
             )
         prompt = prompts[0]
         text = self.render(prompt, tokenizer, options)
-        turns = prompt.turns or self.turns(prompt.question)
-        closed = self.apply(turns, prompt, tokenizer, options, opened=False)
+        closed = self.render(prompt, tokenizer, options, opened=False)
         name, eos, bos = name_of(tokenizer), tokenizer.eos_token, tokenizer.bos_token
         if text == closed and text.rstrip().endswith(eos):
             log.warning(

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from rlzoo.engines.kv_cache import SlabCache
 from rlzoo.models.checks import gap, probe_ids, rlzoo_logprobs
-from rlzoo.models.limits import text_config
 from rlzoo.models.logits import backbone_of, transform_of
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class CachedDecoder:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         self.mask = mask.to(self.device)  # [R, S]
-        self.cache = SlabCache(text_config(self.model.config).num_hidden_layers, spare)
+        self.cache = SlabCache(self.model.config.get_text_config().num_hidden_layers, spare)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
         self.position = self.mask.sum(-1)  # [R] of the next token
         return self._logits(ids.to(self.device), positions)

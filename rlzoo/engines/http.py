@@ -44,14 +44,14 @@ class Replicas:
         Raises:
             UserError: none answers.
         """
-        return asyncio.run(self._everywhere(call))
 
-    async def _everywhere(self, call: Call) -> dict[str, Any]:
+        async def ask_all() -> list[Any]:
+            async with self.session() as session:
+                calls = (call(session, address) for address in asked)
+                return await asyncio.gather(*calls, return_exceptions=True)
+
         asked, reason = list(self.alive), None
-        async with self.session() as session:
-            calls = (call(session, address) for address in asked)
-            found = await asyncio.gather(*calls, return_exceptions=True)
-        answers = dict(zip(asked, found, strict=True))
+        answers = dict(zip(asked, asyncio.run(ask_all()), strict=True))
         for address, answer in answers.items():
             if isinstance(answer, ReplicaLost):
                 reason = answer
@@ -82,15 +82,6 @@ class Replicas:
         Raises:
             RuntimeError: no replica is left, or one refuses a job.
         """
-        return asyncio.run(self._spread(path, jobs, concurrency, on_progress))
-
-    async def _spread(
-        self,
-        path: str,
-        jobs: Sequence[dict[str, Any]],
-        concurrency: int,
-        on_progress: Callable[[int], None],
-    ) -> list[dict[str, Any]]:
         answers: dict[int, dict[str, Any]] = {}
         waiting = deque(range(len(jobs)))
 
@@ -105,16 +96,19 @@ class Replicas:
                 else:
                     on_progress(1)
 
-        async with self.session() as session:
-            while waiting:
-                if not self.alive:
-                    raise RuntimeError(
-                        f"No replica of engine.addresses={self.addresses} is left, with"
-                        f" {len(waiting)} of {len(jobs)} responses missing. Start them again and go"
-                        " on from the last checkpoint with ckpt_path=last."
-                    )
-                places = [a for a in self.alive for _ in range(concurrency)]
-                await asyncio.gather(*(work(session, address) for address in places))
+        async def spread() -> None:
+            async with self.session() as session:
+                while waiting:
+                    if not self.alive:
+                        raise RuntimeError(
+                            f"No replica of engine.addresses={self.addresses} is left, with"
+                            f" {len(waiting)} of {len(jobs)} responses missing. Start them again"
+                            " and go on from the last checkpoint with ckpt_path=last."
+                        )
+                    places = [a for a in self.alive for _ in range(concurrency)]
+                    await asyncio.gather(*(work(session, address) for address in places))
+
+        asyncio.run(spread())
         return [answers[job] for job in range(len(jobs))]
 
     def give_up(self, address: str, error: Exception) -> None:

@@ -8,14 +8,21 @@ inverse CDF; so a response does not depend on who it was batched with, but where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlzoo.engines.base import Request, Response, SamplingParams, check_version, weights_checksum
+from rlzoo.engines.base import (
+    Engine,
+    Request,
+    Response,
+    SamplingParams,
+    check_version,
+    weights_checksum,
+)
 from rlzoo.engines.decoding import choose_decoder
 from rlzoo.engines.shapes import checked_weights
 from rlzoo.models.checks import check_placed
@@ -41,7 +48,7 @@ class Rows:
     near_ties: Tensor  # [R] int64
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Draws responses with a copy of the policy of its own.
 
     Args:
@@ -92,9 +99,6 @@ class TransformersEngine:
         self.model.to(self.device)
         self.asleep = False
 
-    def close(self) -> None:
-        pass
-
     @torch.no_grad()
     def generate(
         self,
@@ -105,17 +109,13 @@ class TransformersEngine:
     ) -> list[list[Response]]:
         check_version(self, expected_version)
         found: list[list[Response]] = [[] for _ in requests]
-        for wave in self._waves(requests):
+        pairs = [(index, seed) for index, r in enumerate(requests) for seed in r.seeds]
+        for start in range(0, len(pairs), self.max_rows):
+            wave = pairs[start : start + self.max_rows]
             rows = self._decode(requests, wave, params, on_progress or (lambda n: None))
             for index, request in enumerate(rows.request.tolist()):
                 found[request].append(_response(rows, index, self.stop_ids))
         return found
-
-    def _waves(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, int]]]:
-        """(request, seed) pairs in order, at most `max_rows` at a time."""
-        pairs = [(index, seed) for index, r in enumerate(requests) for seed in r.seeds]
-        for start in range(0, len(pairs), self.max_rows):
-            yield pairs[start : start + self.max_rows]
 
     def _decode(
         self,
@@ -124,7 +124,8 @@ class TransformersEngine:
         params: SamplingParams,
         on_progress: Callable[[int], None],
     ) -> Rows:
-        """Decodes one wave: each prompt is prefilled once, rows leave as they finish."""
+        """Decodes (request, seed) pairs together: each prompt is prefilled once, and rows leave as
+        they finish."""
         limit, (num, device) = params.max_response_tokens, (len(wave), self.device)
         noise = np.stack([uniforms(seed, limit) for _, seed in wave])
         rows = Rows(

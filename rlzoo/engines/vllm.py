@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlzoo.engines.base import Request, Response, SamplingParams, check_version
+from rlzoo.engines.base import Engine, Request, Response, SamplingParams, check_version
 from rlzoo.engines.isolation import isolated
 from rlzoo.engines.shapes import checked_weights, expected_shapes
 from rlzoo.engines.vllm_options import check_joined, check_options
@@ -36,32 +36,19 @@ NOT_INSTALLED = (
 )
 
 
-class VLLMEngine:
-    """Draws responses with vLLM in the trainer's own process.
+class VLLMBase(Engine):
+    """What vLLM's engines, in this process and behind servers, hold of the model they draw from.
 
     Args:
         path: model directory or hub name; only its configuration is read.
         eos_token_ids: any of them ends a response.
         pad_token_id: taken for the protocol's sake; vLLM pads nothing.
         max_prompt_tokens, max_response_tokens: their sum is the longest sequence.
-        dtype: "auto" is float32 on a CPU and bfloat16 on a GPU.
-        kv_cache_gb: GiB of key-value cache; null on CUDA fills `gpu_memory_share`.
-        gpu_memory_share: of the GPU, for weights and cache together, in (0, 1]. CUDA alone.
-        max_num_seqs: responses decoded at once.
-        tensor_parallel: GPUs that hold one engine together, consecutive ranks of one node.
-        sleep_level: what is given back while the policy trains: 0 nothing, 1 the cache (weights
-            wait in host memory), 2 the cache and the weights. CUDA alone.
-        enforce_eager: true runs without CUDA graphs; a CPU always does.
-        kv_cache_dtype: "auto" is that of the weights.
-        chunked_prefill: splits long prompts over decoding steps. CUDA alone.
         trust_remote_code: runs code that a hub model brings along.
         log_file: where vLLM's banners and warnings go.
-        processes: of the trainer on each machine, which tensor_parallel must divide; None: unknown.
-        options: further arguments of vllm.LLM, by name; see `check_options`.
 
     Raises:
-        UserError: processes that tensor_parallel does not divide, options that rlzoo sets, or a
-            model too short for the longest sequence.
+        UserError: a model too short for the longest sequence.
     """
 
     def __init__(
@@ -72,6 +59,48 @@ class VLLMEngine:
         *,
         max_prompt_tokens: AtLeast1,
         max_response_tokens: AtLeast1,
+        trust_remote_code: bool = False,
+        log_file: PathText = "vllm.log",
+    ) -> None:
+        self.path = model_directory(path)
+        self.config = load_config(path, trust_remote_code)
+        limits = TokenLimits(path, None, longest_sequence(self.config))
+        check_length(limits, max_prompt_tokens, max_response_tokens)
+        self.max_model_len = max_prompt_tokens + max_response_tokens
+        self.eos_token_ids, self.log_file = sorted(eos_token_ids), Path(log_file)
+        self.trust_remote_code = trust_remote_code
+        self.shapes = expected_shapes(self.config, trust_remote_code)
+        self.version, self.asleep = -1, False
+
+    def checksum(self) -> None:
+        """vLLM packs its weights for its kernels, so that they cannot be read back: None."""
+
+
+class VLLMEngine(VLLMBase):
+    """Draws responses with vLLM in the trainer's own process.
+
+    Args:
+        dtype: "auto" is float32 on a CPU and bfloat16 on a GPU.
+        kv_cache_gb: GiB of key-value cache; null on CUDA fills `gpu_memory_share`.
+        gpu_memory_share: of the GPU, for weights and cache together, in (0, 1]. CUDA alone.
+        max_num_seqs: responses decoded at once.
+        tensor_parallel: GPUs that hold one engine together, consecutive ranks of one node.
+        sleep_level: what is given back while the policy trains: 0 nothing, 1 the cache (weights
+            wait in host memory), 2 the cache and the weights. CUDA alone.
+        enforce_eager: true runs without CUDA graphs; a CPU always does.
+        kv_cache_dtype: "auto" is that of the weights.
+        chunked_prefill: splits long prompts over decoding steps. CUDA alone.
+        processes: of the trainer on each machine, which tensor_parallel must divide; None: unknown.
+        options: further arguments of vllm.LLM, by name; see `check_options`.
+        model, shared: see `VLLMBase`.
+
+    Raises:
+        UserError: processes that tensor_parallel does not divide, or options that rlzoo sets.
+    """
+
+    def __init__(
+        self,
+        *model: Any,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         kv_cache_gb: Positive | None = None,
         gpu_memory_share: ShareAbove0 = 0.4,
@@ -81,21 +110,14 @@ class VLLMEngine:
         enforce_eager: bool = False,
         kv_cache_dtype: Text = "auto",
         chunked_prefill: bool = True,
-        trust_remote_code: bool = False,
-        log_file: PathText = "vllm.log",
         processes: AtLeast1 | None = None,
         options: dict[str, Any] | None = None,
+        **shared: Any,
     ) -> None:
         if processes is not None:
             check_joined(tensor_parallel, processes, "processes of each machine (trainer.devices)")
         check_options(options or {})
-        self.path = model_directory(path)
-        self.max_model_len = max_prompt_tokens + max_response_tokens
-        config = load_config(path, trust_remote_code)
-        limits = TokenLimits(path, None, longest_sequence(config))
-        check_length(limits, max_prompt_tokens, max_response_tokens)
-        self.trust_remote_code = trust_remote_code
-        self.eos_token_ids = sorted(eos_token_ids)
+        super().__init__(*model, **shared)
         self.cuda = torch.cuda.is_available()
         self.dtype: str = dtype if dtype != "auto" else "bfloat16" if self.cuda else "float32"
         self.kv_cache_gb, self.gpu_memory_share = kv_cache_gb, gpu_memory_share
@@ -104,11 +126,8 @@ class VLLMEngine:
         self.enforce_eager = enforce_eager or not self.cuda
         # On a CPU, vLLM 0.32.0 raises where a request with a seed is prefilled in pieces.
         self.kv_cache_dtype, self.chunked_prefill = kv_cache_dtype, chunked_prefill and self.cuda
-        self.log_file, self.options = Path(log_file), dict(options or {})
-        self.architectures = config.architectures or []
-        self.shapes = expected_shapes(config, trust_remote_code)
-        self.version = -1
-        self.asleep = False
+        self.options = dict(options or {})
+        self.architectures = self.config.architectures or []
         self._llm: Any = None  # vllm.LLM, once started
         self._shares_ranks = False  # whether it uses the trainer's process group
 
@@ -221,9 +240,6 @@ class VLLMEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept prefixes of the old weights: its cache was in use.")
         self.version = version
-
-    def checksum(self) -> None:
-        """vLLM packs its weights for its kernels, so that they cannot be read back: None."""
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probs, at temperature 1, of every token but the first of each sequence."""

@@ -24,12 +24,10 @@ from torch import Tensor, nn
 from rlzoo.engines.base import Request, Response, SamplingParams, check_version
 from rlzoo.engines.http import Replicas, key_from
 from rlzoo.engines.private_folder import PrivateFolder
-from rlzoo.engines.shapes import checked_weights, expected_shapes
-from rlzoo.engines.vllm import response
+from rlzoo.engines.shapes import checked_weights
+from rlzoo.engines.vllm import VLLMBase, response
 from rlzoo.engines.weight_transfer import NcclTransfer, Replica, ask_replica, choose_transfer
 from rlzoo.errors import UserError
-from rlzoo.models.limits import TokenLimits, check_length, longest_sequence, text_config
-from rlzoo.models.loading import load_config, model_directory
 from rlzoo.ranks.exchange import all_gather, world
 from rlzoo.values import AtLeast1, PathText, Positive, Says, Text
 
@@ -63,13 +61,10 @@ def serve_command(path: str, port: int, max_model_len: int, *options: str) -> li
     ]
 
 
-class VLLMServerEngine:
+class VLLMServerEngine(VLLMBase):
     """Draws responses from replicas of a server.
 
     Args:
-        path: model directory or hub name, the one that the servers serve.
-        eos_token_ids: any of them ends a response.
-        pad_token_id: taken for the protocol's sake; vLLM pads nothing.
         addresses: of the replicas, such as http://localhost:8000.
         transfer: how weights travel: "folder", "nccl", or "auto", which is nccl where the trainer
             has CUDA and every address was started for it.
@@ -80,9 +75,7 @@ class VLLMServerEngine:
         timeout: seconds after which a replica that does not answer is given up.
         api_key_variable: environment variable with the key that is sent with every request; if it
             is not set, none is.
-        max_prompt_tokens, max_response_tokens: their sum is the longest sequence.
-        trust_remote_code: runs code that a hub model brings along.
-        log_file: where messages of vLLM's nccl transfer go.
+        model, shared: see `VLLMBase`; of the model that the servers serve.
 
     Raises:
         UserError: transfer=nccl without CUDA, a folder that is none, or no such key.
@@ -90,41 +83,28 @@ class VLLMServerEngine:
 
     def __init__(
         self,
-        path: PathText,
-        eos_token_ids: Sequence[int],
-        pad_token_id: int = 0,
-        *,
+        *model: Any,
         addresses: Addresses,
-        max_prompt_tokens: AtLeast1,
-        max_response_tokens: AtLeast1,
         transfer: Literal["auto", "folder", "nccl"] = "auto",
         folder: PathText = "/dev/shm",
         concurrency: AtLeast1 = 128,
         timeout: Positive = 600.0,
         api_key_variable: Text = "VLLM_API_KEY",
-        trust_remote_code: bool = False,
-        log_file: PathText = "vllm.log",
+        **shared: Any,
     ) -> None:
         if transfer == "nccl":
             choose_transfer(transfer, torch.cuda.is_available(), {})
         elif not Path(folder).is_dir():
             raise UserError(f"engine.folder={folder} is no folder that this machine sees.")
-        self.path = model_directory(path)
-        self.max_model_len = max_prompt_tokens + max_response_tokens
+        super().__init__(*model, **shared)
         key = key_from(api_key_variable)
         command = ["python", *serve_command(self.path, 8000, self.max_model_len)[1:]]
         start = f"VLLM_SERVER_DEV_MODE=1 {' '.join(command)}"
         self.replicas = Replicas(addresses, timeout, key, start)
-        self.eos_token_ids, self.folder = sorted(eos_token_ids), Path(folder)
-        self.concurrency = concurrency
-        self.config = load_config(path, trust_remote_code)
-        limits = TokenLimits(path, None, longest_sequence(self.config))
-        check_length(limits, max_prompt_tokens, max_response_tokens)
-        self.shapes = expected_shapes(self.config, trust_remote_code)
+        self.folder, self.concurrency = Path(folder), concurrency
         self.dtype = "float32"  # what the servers say, once asked
-        self.version, self.asleep = -1, False  # the servers never sleep
         self.transfer: str = transfer  # as asked; what comes of it, once the servers were asked
-        self._nccl = NcclTransfer(timeout, Path(log_file), key)
+        self._nccl = NcclTransfer(timeout, self.log_file, key)
         self._private: PrivateFolder | None = None  # made at the first sync through a folder
         self._checked = False
 
@@ -187,7 +167,7 @@ class VLLMServerEngine:
                 f"{address} runs vLLM {described['vllm']}, rlzoo speaks to {VLLM_VERSION}. Install"
                 " that on the server, or take engine=vllm."
             )
-        text = text_config(self.config)  # of a model that takes images too, its language model
+        text = self.config.get_text_config()  # of a model that takes images too, its language model
         ours = {name: getattr(text, name, None) for name in COMPARED}
         ours["architectures"] = self.config.architectures
         wrong = [f"{k}={described[k]} for {v}" for k, v in ours.items() if described[k] != v]
@@ -202,9 +182,6 @@ class VLLMServerEngine:
             )
         if "processed" not in described["logprobs_mode"]:
             raise UserError(f"{address} must be started with --logprobs-mode processed_logprobs.")
-
-    def sleep(self) -> None:
-        pass  # the servers have devices of their own
 
     def close(self) -> None:
         """Lets the servers go, which belong to whoever started them."""
@@ -273,9 +250,6 @@ class VLLMServerEngine:
         answer = await self.replicas.ask(session, f"{address}/reset_prefix_cache")
         if not answer["success"]:
             raise RuntimeError(f"{address} kept prefixes of the old weights: its cache was in use.")
-
-    def checksum(self) -> None:
-        """vLLM packs its weights for its kernels, so that they cannot be read back: None."""
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probs, at temperature 1, of every token but the first of each sequence."""

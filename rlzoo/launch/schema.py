@@ -2,7 +2,7 @@
 
 A key of conf/ is an argument of its `_target_`, spelled the same: so the annotations of that
 class, followed through its bases where it passes `**shared` on, are the schema. What has no
-`_target_` (the keys of train.yaml itself, `limits`) is listed here; Lightning's Trainer, most of
+`_target_` (the keys of train.yaml itself) is listed here; Lightning's Trainer, most of
 whose arguments are not the user's to set, is in `rlzoo.launch.trainer_keys`.
 """
 
@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlzoo.errors import UserError, first_line
 from rlzoo.launch.configuration import RENAMED, all_keys, did_you_mean, near_matches, plain
 from rlzoo.launch.targets import is_kind, target_of
+from rlzoo.report.ledger import Limits
 from rlzoo.values import (
     AtLeast0,
     AtLeast1,
@@ -54,12 +55,6 @@ TOP: dict[str, Any] = {  # the values of train.yaml itself, and those that model
     "val_every": AtLeast0,
     "lr": NonNegative,
     "critic_lr": Positive,
-}
-LIMITS: dict[str, Any] = {
-    "max_responses": AtLeast1 | None,
-    "max_tokens": AtLeast1 | None,
-    "max_seconds": Positive | None,
-    "max_updates": AtLeast1 | None,
 }
 # Groups: what is built from one node, and what holds nodes by name.
 ONE = ("model", "data", "reward", "engine", "datamodule", "algo", "strategy", "trainer")
@@ -152,7 +147,7 @@ def expected(cfg: DictConfig, problems: dict[str, str]) -> Iterator[tuple[str, A
                 problems[key] = "is missing: it was deleted."
         elif key in TOP:
             yield key, TOP[key]
-    yield from of_mapping(cfg, "limits", LIMITS, problems)
+    yield from of_mapping(cfg, "limits", signature_of(Limits).arguments, problems)
     for key in ONE:
         if key in cfg:
             yield from of_node(cfg, key, problems)

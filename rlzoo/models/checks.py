@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rlzoo.errors import UserError
 from rlzoo.models.gather import is_partitioned
-from rlzoo.models.limits import longest_sequence, text_config
+from rlzoo.models.limits import longest_sequence
 from rlzoo.models.logits import backbone_of, transform_of, vocabulary_size
 
 TOKENS = 16  # of the sequence that is compared
@@ -73,7 +73,7 @@ def can_be_checked(policy: PreTrainedModel) -> bool:
 def probe_ids(policy: PreTrainedModel) -> Tensor:
     """[1, S] token ids spread over the vocabulary, without those that a configuration names."""
     head = vocabulary_size(policy.get_output_embeddings())
-    size = min(head, getattr(text_config(policy.config), "vocab_size", None) or head)
+    size = min(head, getattr(policy.config.get_text_config(), "vocab_size", None) or head)
     named = {v for k, v in policy.config.to_dict().items() if "token" in k and isinstance(v, int)}
     allowed = np.setdiff1d(np.arange(size), list(named))
     longest = longest_sequence(policy.config) or 2 * TOKENS
@@ -179,7 +179,7 @@ def problem(policy: PreTrainedModel, ids: Tensor, longer: Tensor, own: Tensor, s
 
 
 def head_problem(policy: PreTrainedModel, same: Tensor, own: Tensor) -> str:
-    config = text_config(policy.config).to_dict()
+    config = policy.config.get_text_config().to_dict()
     said = {k: v for k, v in config.items() if any(w in k for w in LOGIT_WORDS) and v is not None}
     listed = ", ".join(f"{key}={value}" for key, value in said.items()) or "nothing of it"
     off = (

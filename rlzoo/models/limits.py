@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -29,49 +28,32 @@ STRETCHED = ("linear", "yarn")  # RoPE types that reach `factor` times as far
 VARYING = ("dynamic", "longrope")  # of other frequencies for all tokens in a longer sequence
 
 
-def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a configuration that is of the language model."""
-    return config.get_text_config()
-
-
 def longest_sequence(config: PretrainedConfig) -> int | None:
     """Tokens of prompt and response that a model has positions for; None without a limit.
 
     Where rotary frequencies vary with a sequence's length, it ends before they do: a token drawn
     early in a long response would be scored with others than it was drawn with.
     """
-    config = text_config(config)
+    config = config.get_text_config()
     limits = [value for key in POSITIONS if isinstance(value := getattr(config, key, None), int)]
-    if not limits or limits[0] < 1 or uses_alibi(config):
+    slopes = config.model_type == "bloom" or getattr(config, "alibi", False)
+    if not limits or limits[0] < 1 or slopes:  # ALiBi's reach as far as asked
         return None
-    ropes = rope_settings(config)
-    longest = max(limits[0], *(stretched(rope, limits[0]) for rope in ropes), 0)
-    return min(longest, *(unvaried(rope, limits[0]) for rope in ropes), longest)
-
-
-def uses_alibi(config: PretrainedConfig) -> bool:
-    """Whether positions are slopes, which reach as far as asked."""
-    return config.model_type == "bloom" or bool(getattr(config, "alibi", False))
+    longest, ends = limits[0], []
+    for rope in rope_settings(config):
+        kind = rope.get("rope_type", rope.get("type"))
+        first = rope.get("original_max_position_embeddings") or limits[0]
+        if kind in STRETCHED and rope.get("factor"):
+            longest = max(longest, int(first * rope["factor"]))
+        if kind in VARYING:
+            ends.append(int(first))
+    return min([longest, *ends])
 
 
 def rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
     """Of rotary positions, one a kind of layers."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return [rope, *(x for x in rope.values() if isinstance(x, dict))] if rope else []
-
-
-def stretched(rope: dict[str, Any], longest: int) -> int:
-    """How far rotary positions reach; 0 if nothing stretches them."""
-    if rope.get("rope_type", rope.get("type")) not in STRETCHED or not rope.get("factor"):
-        return 0
-    return int((rope.get("original_max_position_embeddings") or longest) * rope["factor"])
-
-
-def unvaried(rope: dict[str, Any], longest: int) -> int:
-    """Up to where rotary frequencies stay as they are."""
-    if rope.get("rope_type", rope.get("type")) not in VARYING:
-        return sys.maxsize
-    return int(rope.get("original_max_position_embeddings") or longest)
 
 
 class TokenLimits(NamedTuple):
@@ -113,7 +95,7 @@ def set_limits(
     Raises:
         UserError: the end-of-sequence token has no row in the embedding.
     """
-    rows = getattr(text_config(config), "vocab_size", None)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
     limits = tokenizer.token_limits = TokenLimits(path, rows, longest_sequence(config))
     if rows is None:
         return limits
@@ -163,20 +145,17 @@ def check_prompts(limits: TokenLimits, prompts: Iterable[Prompt]) -> None:
         check_ids(limits, f"Prompt {prompt.id!r}", max(prompt.token_ids, default=0))
 
 
-def check_examples(
-    limits: TokenLimits, prompts: Sequence[Prompt], responses: Sequence[Tensor]
-) -> None:
-    """The same for prompts with their responses, [L] each, which must have positions too."""
-    check_prompts(limits, prompts)
-    for prompt, response in zip(prompts, responses, strict=True):
-        check_ids(limits, f"The solution of {prompt.id!r}", int(response.max()))
-        length = len(prompt.token_ids) + len(response)
-        if limits.longest is not None and length > limits.longest:
-            raise UserError(
-                f"Example {prompt.id!r} is {length} tokens long with its solution, but"
-                f" {limits.path} takes sequences of at most {limits.longest} tokens. Leave longer"
-                " examples out of the data."
-            )
+def check_example(limits: TokenLimits, prompt: Prompt, response: Tensor) -> None:
+    """The same for a prompt with its response, [L], which must have positions too."""
+    check_prompts(limits, [prompt])
+    check_ids(limits, f"The solution of {prompt.id!r}", int(response.max()))
+    length = len(prompt.token_ids) + len(response)
+    if limits.longest is not None and length > limits.longest:
+        raise UserError(
+            f"Example {prompt.id!r} is {length} tokens long with its solution, but {limits.path}"
+            f" takes sequences of at most {limits.longest} tokens. Leave longer examples out of the"
+            " data."
+        )
 
 
 def check_ids(limits: TokenLimits, what: str, largest: int) -> None:

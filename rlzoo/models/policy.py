@@ -18,7 +18,7 @@ from rlzoo.errors import UserError, first_line
 from rlzoo.models.checkpoints import is_checkpoint, policy_weights
 from rlzoo.models.checks import can_be_checked, check_policy
 from rlzoo.models.gather import load_whole, loading_whole, whole_shape
-from rlzoo.models.limits import check_tokenizer, set_limits, text_config
+from rlzoo.models.limits import check_tokenizer, set_limits
 from rlzoo.models.loading import check_finite, load_config, load_model, model_directory, some
 from rlzoo.models.lora import add_lora
 from rlzoo.models.noise import switch_off_noise
@@ -189,7 +189,7 @@ def compare_configs(policy: PreTrainedModel, other: PreTrainedModel, source: str
             " their weights mean different things. Take weights of the same architecture."
         )
     leave = ("token_id", "dtype", "use_cache", "architectures", "drop", "transformers_version")
-    ours, theirs = (text_config(m.config).to_dict() for m in (policy, other))
+    ours, theirs = (m.config.get_text_config().to_dict() for m in (policy, other))
     differing = [
         f"{key}={ours.get(key)} (there {theirs.get(key)})"
         for key in sorted(ours.keys() | theirs.keys())

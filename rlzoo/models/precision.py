@@ -24,12 +24,13 @@ def as_trained(model: PreTrainedModel, trainer: Trainer | None) -> PreTrainedMod
     """
     name, _, kind = str(trainer.precision if trainer else "").partition("-")
     dtype = DTYPES.get(name)
-    if (
-        not trainer or not dtype or any(map(is_partitioned, model.parameters()))
-    ):  # ZeRO-3's engine converts
+    if not trainer or not dtype:
+        return model
+    if any(map(is_partitioned, model.parameters())):  # ZeRO-3's engine converts
         return model
     kept: list[nn.Parameter] = []
-    if kind != "true" and autocasts(trainer):
+    shards = hasattr(trainer.strategy, "device_mesh")  # FSDP gathers them in half precision
+    if kind != "true" and isinstance(trainer.precision_plugin, MixedPrecision) and not shards:
         linear = [m for m in model.modules() if type(m) is nn.Linear]
         halved = {id(p) for layer in linear for p in layer.parameters()}
         kept = [p for p in model.parameters() if id(p) not in halved]
@@ -39,12 +40,6 @@ def as_trained(model: PreTrainedModel, trainer: Trainer | None) -> PreTrainedMod
         if id(parameter) not in left and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return model
-
-
-def autocasts(trainer: Trainer) -> bool:
-    """Whether passes compute in half precision with weights that are kept in full."""
-    shards = hasattr(trainer.strategy, "device_mesh")  # FSDP gathers them in half precision
-    return isinstance(trainer.precision_plugin, MixedPrecision) and not shards
 
 
 def float_buffers(module: nn.Module) -> dict[str, Tensor]:

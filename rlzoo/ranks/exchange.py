@@ -41,21 +41,16 @@ def all_gather(item: Any) -> list[Any]:
 
 
 def talking_group() -> ProcessGroup | None:
-    """A gloo group of all ranks, made at the first call; collective then."""
+    """A gloo group of all ranks, made at the first call; collective then. Its time-out is that of
+    the group that it stands beside: `strategy.timeout`."""
     global _made
     whole = dist.group.WORLD
     if whole is None or dist.get_backend() == "gloo":
         return whole
     beside, group = (made() for made in _made)
     if beside is not whole or group is None:  # the first, or one that was ended and begun anew
-        group = new_gloo_group(whole)
+        group = dist.new_group(backend="gloo", timeout=exchange_timeout(whole))
         _made = (weakref.ref(whole), weakref.ref(group))
-    return group
-
-
-def new_gloo_group(whole: ProcessGroup) -> ProcessGroup:
-    """With the time-out of the group that it stands beside: `strategy.timeout`."""
-    group: ProcessGroup = dist.new_group(backend="gloo", timeout=exchange_timeout(whole))
     return group
 
 

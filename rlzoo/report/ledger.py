@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlzoo.ranks.whereabouts import HERE
+from rlzoo.values import AtLeast1, Positive
 
 PAID = ("train", "pilot")  # streams whose responses the budget pays for
 
@@ -18,10 +19,10 @@ PAID = ("train", "pilot")  # streams whose responses the budget pays for
 class Limits:
     """Stop rules, each checked before a rollout step begins; None never stops."""
 
-    max_responses: int | None = None  # paid ones: training, filtered ones and pilots included
-    max_tokens: int | None = None  # generated tokens of paid responses
-    max_seconds: float | None = None  # of wall time, resumed parts added up
-    max_updates: int | None = None  # optimizer steps
+    max_responses: AtLeast1 | None = None  # paid ones: training, filtered ones and pilots included
+    max_tokens: AtLeast1 | None = None  # generated tokens of paid responses
+    max_seconds: Positive | None = None  # of wall time, resumed parts added up
+    max_updates: AtLeast1 | None = None  # optimizer steps
 
 
 class Ledger:

@@ -90,7 +90,7 @@ class CSVLogger(RunLogger):
             # Line buffered: a reader beside the run sees whole rows as they come.
             self._file = self.path.open("a", buffering=1, encoding="utf-8", newline="")
         self._rows.append([_cell(metrics.get(name)) for name in self._columns])
-        self._file.write(_csv_line(self._rows[-1]))
+        _write(self._file, self._rows[-1:])
 
     @rank_zero_only
     def flush(self) -> None:
@@ -154,9 +154,11 @@ class CSVLogger(RunLogger):
 
     def _begins_as_ours(self, header: list[str], rows: list[list[str]]) -> bool:
         """Whether a file is the run's own, up to what was written after the state."""
-        width = len(self._columns)
-        ours = [row + [""] * (width - len(row)) for row in self._rows]
+        ours, width = self._whole_rows(), len(self._columns)
         return header[:width] == self._columns and [r[:width] for r in rows[: len(ours)]] == ours
+
+    def _whole_rows(self) -> list[list[str]]:
+        return [row + [""] * (len(self._columns) - len(row)) for row in self._rows]
 
     def _put_aside(self) -> None:
         """Keeps a file that someone has changed, under a name that nothing has."""
@@ -180,9 +182,7 @@ class CSVLogger(RunLogger):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(_csv_line(self._columns))
-            for row in self._rows:
-                file.write(_csv_line(row + [""] * (len(self._columns) - len(row))))
+            _write(file, [self._columns, *self._whole_rows()])
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
@@ -203,10 +203,8 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     return (lines[0], lines[1:]) if lines else ([], [])
 
 
-def _csv_line(cells: Iterable[str]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
+def _write(file: TextIO, rows: Iterable[list[str]]) -> None:
+    csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def _cell(value: Any) -> str:

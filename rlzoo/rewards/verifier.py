@@ -210,11 +210,11 @@ class MathReward(VerifierPool):
     Args:
         truncated_is_wrong: a response cut off at the length limit is WRONG unseen. Otherwise it
             is judged as it stands, as in the reference code, and a result on the way may count.
-        limits: see `VerifierPool`.
+        shared: see `VerifierPool`.
     """
 
-    def __init__(self, *, truncated_is_wrong: bool = False, **limits: Any) -> None:
-        super().__init__(**limits)
+    def __init__(self, *, truncated_is_wrong: bool = False, **shared: Any) -> None:
+        super().__init__(**shared)
         self.truncated_is_wrong = truncated_is_wrong
         self.unparsed_golds: list[str] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -49,13 +48,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> N
     """Shards each transformer block of a model, then the rest of it, in place."""
     if not any(True for _ in model.parameters()):
         return
-    for part in [*blocks(model), model]:
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that transformers says must not be split: the transformer's layers."""
-    names = {
+    names = {  # of what must not be split, as transformers says: the transformer's layers
         name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()
     }
-    yield from (part for part in model.modules() if type(part).__name__ in names)
+    for part in [*(m for m in model.modules() if type(m).__name__ in names), model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

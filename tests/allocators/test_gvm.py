@@ -80,7 +80,7 @@ def test_rounding_moves_no_budget_by_more_than_one(shares, total):
 
 def test_budgets_go_by_prompt_id_not_by_row():
     allocator = GVMBudgets()
-    allocator.observe(["a", "b"], [[1, 0], [1, 1]], [[3, 3], [3, 3]], [4.0, 1.0])
+    allocator.observe(["a", "b"], [[1, 0], [1, 1]], [4.0, 1.0])
     forward = dict(zip("ab", allocator.allocate(["a", "b"], 10), strict=True))
     backward = dict(zip("ba", allocator.allocate(["b", "a"], 10), strict=True))
     assert forward == backward and forward["a"] > forward["b"]
@@ -88,14 +88,14 @@ def test_budgets_go_by_prompt_id_not_by_row():
 
 def test_an_allocator_goes_on_from_its_state():
     allocator, copy = GVMBudgets(), GVMBudgets()
-    allocator.observe(["a", "b"], [[1, 0], [1, 1]], [[3, 3], [3, 3]], [4.0, 1.0])
+    allocator.observe(["a", "b"], [[1, 0], [1, 1]], [4.0, 1.0])
     copy.load_state_dict(allocator.state_dict())
     assert copy.allocate(["a", "b"], 9) == allocator.allocate(["a", "b"], 9)
 
 
 def test_a_cap_that_cannot_hold_the_total_is_named():
     allocator = GVMBudgets(n_max=4)
-    allocator.observe(["a", "b"], [[1], [1]], [[3], [3]], [1.0, 1.0])
+    allocator.observe(["a", "b"], [[1], [1]], [1.0, 1.0])
     with pytest.raises(UserError, match="n_max=4 is too small: 2 prompts have to share 9"):
         allocator.allocate(["a", "b"], 9)
 

@@ -57,12 +57,6 @@ def test_engines_share_out_the_processes_of_a_machine(size, processes, fits):
             make(tensor_parallel=size, processes=processes)
 
 
-@pytest.mark.parametrize("name", ["gpu_memory_share", "kv_cache_gb"])
-def test_no_number_is_no_value(name):
-    with pytest.raises(UserError, match=f"engine.{name}"):
-        make(**{name: float("nan")})
-
-
 def test_the_command_line_says_the_same(tmp_path):
     told = warm.refused(tmp_path / "one", "engine=vllm", "+engine.options.quantization=fp8")
     assert "engine.options.quantization" in told

@@ -51,8 +51,8 @@ def test_right_is_the_full_reward_wherever_it_is_asked(rewards, num_right, tmp_p
     rollouts.verdicts[:] = 1  # what a verdict says besides has no say
     values, ids = rollouts.rewards, rollouts.group_ids
     gvm, dynamic, passes = GVMBudgets(), Dynamic(), PassMetrics(ks=[2])
-    gvm.observe(["p"], [rewards], [[1, 1]], [1.0])
-    dynamic.observe(["p"], [rewards], [[1, 1]])
+    gvm.observe(["p"], [rewards], [1.0])
+    dynamic.observe(["p"], [rewards])
     passes.update(values, ids)
     write_rollouts(tmp_path / "step_000000.parquet", rollouts, load_tokenizer("tiny"))
     if num_right:
