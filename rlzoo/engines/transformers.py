@@ -15,14 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlzoo.engines.base import (
-    Engine,
-    Request,
-    Response,
-    SamplingParams,
-    check_version,
-    weights_checksum,
-)
+from rlzoo.engines.base import Request, Response, SamplingParams, check_version, weights_checksum
 from rlzoo.engines.decoding import choose_decoder
 from rlzoo.engines.shapes import checked_weights
 from rlzoo.models.checks import check_placed
@@ -48,7 +41,7 @@ class Rows:
     near_ties: Tensor  # [R] int64
 
 
-class TransformersEngine(Engine):
+class TransformersEngine:
     """Draws responses with a copy of the policy of its own.
 
     Args:
@@ -98,6 +91,9 @@ class TransformersEngine(Engine):
     def wake(self) -> None:
         self.model.to(self.device)
         self.asleep = False
+
+    def close(self) -> None:
+        pass
 
     @torch.no_grad()
     def generate(

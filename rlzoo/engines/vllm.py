@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlzoo.engines.base import Engine, Request, Response, SamplingParams, check_version
+from rlzoo.engines.base import Request, Response, SamplingParams, check_version
 from rlzoo.engines.isolation import isolated
 from rlzoo.engines.shapes import checked_weights, expected_shapes
 from rlzoo.engines.vllm_options import check_joined, check_options
@@ -36,7 +36,7 @@ NOT_INSTALLED = (
 )
 
 
-class VLLMBase(Engine):
+class VLLMBase:
     """What vLLM's engines, in this process and behind servers, hold of the model they draw from.
 
     Args:

@@ -183,6 +183,9 @@ class VLLMServerEngine(VLLMBase):
         if "processed" not in described["logprobs_mode"]:
             raise UserError(f"{address} must be started with --logprobs-mode processed_logprobs.")
 
+    def sleep(self) -> None:
+        pass  # the servers have devices of their own
+
     def close(self) -> None:
         """Lets the servers go, which belong to whoever started them."""
         self._nccl.close()
