@@ -53,7 +53,7 @@ def test_a_mistake_costs_exit_code_2_and_no_stack_trace(tmp_path):
         ("algo=grpoo", ["grpoo", "algo=grpo", "raft_pp"]),
         ("algo.clip_lo=0.1", ["algo.clip_lo", "algo.clip_low=0.1"]),
         ("+algo.bogus=1", ["bogus"]),
-        ("algo.clip_low=1.5", ["algo.clip_low", "1.5", "(0, 1)"]),
+        ("algo.clip_low=1.5", ["algo.clip_low", "1.5", "above 0, below 1"]),
         ("datamodule.responses_per_step=100", ["responses_per_step=100", "multiple"]),
         ("data.families=[sums,sorcery]", ["data.families", "sorcery"]),
         ("limits.max_responses=0", ["limits.max_responses", "0"]),

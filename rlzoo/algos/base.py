@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -20,7 +20,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from rlzoo.algos.options import CLIP_DEFAULTS, check_acting, check_values, idle_keys
+from rlzoo.algos.options import (
+    CLIP_DEFAULTS,
+    Aggregation,
+    ClipHigh,
+    ClipLow,
+    DualClip,
+    KLEstimator,
+    OverlongBuffer,
+    Temperature,
+    TISCap,
+    check_acting,
+    idle_keys,
+)
 from rlzoo.diagnosis.causes import Evidence
 from rlzoo.diagnosis.gap import GapWatch
 from rlzoo.learning.losses import (
@@ -45,7 +57,7 @@ from rlzoo.models.precision import float_buffers, put_back
 from rlzoo.report.ledger import Ledger
 from rlzoo.rng import derive_seed
 from rlzoo.types import Credit, OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
-from rlzoo.values import AtLeast0, AtLeast1, Positive, Seed
+from rlzoo.values import AtLeast0, AtLeast1, NonNegative, Positive, Seed
 
 
 class PolicyAlgorithm(lightning.LightningModule):
@@ -84,21 +96,21 @@ class PolicyAlgorithm(lightning.LightningModule):
         *,
         updates: AtLeast1 = 1,
         passes: AtLeast1 = 1,
-        aggregation: str = "token_mean",
-        rejected: str = "zero",
-        reward_scale: str = "zero_one",
-        clip_low: float | None = 0.2,
-        clip_high: float | None = 0.2,
-        dual_clip: float | None = None,
-        kl_coef: float = 0.0,
-        kl_estimator: str = "k3",
-        kl_in: str = "loss",
-        entropy_coef: float = 0.0,
-        tis_cap: float | None = None,
-        overlong_buffer: float = 0.0,
-        overlong_penalty: float = 1.0,
+        aggregation: Aggregation = "token_mean",
+        rejected: Literal["drop", "zero"] = "zero",
+        reward_scale: Literal["zero_one", "plus_minus_one"] = "zero_one",
+        clip_low: ClipLow = 0.2,
+        clip_high: ClipHigh = 0.2,
+        dual_clip: DualClip = None,
+        kl_coef: NonNegative = 0.0,
+        kl_estimator: KLEstimator = "k3",
+        kl_in: Literal["loss", "reward"] = "loss",
+        entropy_coef: NonNegative = 0.0,
+        tis_cap: TISCap = None,
+        overlong_buffer: OverlongBuffer = 0.0,
+        overlong_penalty: NonNegative = 1.0,
         overlong_filter: bool = False,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         max_response_tokens: AtLeast1 = 128,
         max_tokens_per_microbatch: AtLeast1 = 16384,
         max_logprob_gap: Positive = 0.1,
@@ -142,8 +154,7 @@ class PolicyAlgorithm(lightning.LightningModule):
     # --- options ----------------------------------------------------------------------------
 
     def check_options(self) -> None:
-        """Raises a UserError for a value out of range, or one that this algorithm would ignore."""
-        check_values(vars(self))
+        """Raises a UserError for a value that this algorithm would ignore."""
         check_acting(self, vars(self))
 
     @classmethod

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from rlzoo.algos.base import PolicyAlgorithm
-from rlzoo.errors import UserError, check_acts, check_choice
+from rlzoo.algos.options import GroupSize, Singleton
+from rlzoo.errors import check_acts
 from rlzoo.learning.advantages import group_advantages, split_groups
 from rlzoo.learning.selection import Selection, mixed_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
@@ -40,18 +41,12 @@ class GRPO(PolicyAlgorithm):
         optimizer: OptimizerFactory,
         *,
         scale_by_std: bool = True,
-        singleton: str = "zero",
-        group_size: int | None = None,
+        singleton: Singleton = "zero",
+        group_size: GroupSize = None,
         mixed_groups_only: bool = False,
         **shared: Any,
     ) -> None:
         super().__init__(policy, optimizer, **shared)
-        check_choice("algo.singleton", singleton, ("zero", "reward"))
-        if group_size is not None and not group_size >= 2:
-            raise UserError(
-                f"algo.group_size must be at least 2 or null, got {group_size}: a group of one has"
-                " nothing to be compared with."
-            )
         self.scale_by_std, self.singleton, self.group_size = scale_by_std, singleton, group_size
         self.mixed_groups_only = mixed_groups_only
         self.can_reject = self.overlong_filter or mixed_groups_only

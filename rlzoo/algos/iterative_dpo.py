@@ -1,15 +1,17 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from rlzoo.algos.base import PolicyAlgorithm
-from rlzoo.errors import UserError, check_acts, check_at_least, check_choice
+from rlzoo.errors import UserError, check_acts
 from rlzoo.learning.losses import LossOutput, dpo_loss
 from rlzoo.learning.selection import best_and_worst
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
+from rlzoo.values import NonNegative, Positive
 
 METRICS = ("dpo/accuracy", "dpo/margin", "dpo/chosen_log_ratio", "dpo/rejected_log_ratio")
 
@@ -45,16 +47,14 @@ class IterativeDPO(PolicyAlgorithm):
         policy: PolicyFactory,
         optimizer: OptimizerFactory,
         *,
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
-        loss: str = "sigmoid",
-        nll_coef: float = 0.0,
-        reference: str = "iteration_start",
+        beta: Positive = 0.1,
+        label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0,
+        loss: Literal["sigmoid", "ipo"] = "sigmoid",
+        nll_coef: NonNegative = 0.0,
+        reference: Literal["iteration_start", "initial"] = "iteration_start",
         chosen_must_be_correct: bool = True,
         **shared: Any,
     ) -> None:
-        check_choice("algo.loss", loss, ("sigmoid", "ipo"))
-        check_choice("algo.reference", reference, ("iteration_start", "initial"))
         if reference == "initial":
             self.scores = ("old_logprobs", "ref_logprobs")
         super().__init__(policy, optimizer, **shared)
@@ -64,11 +64,6 @@ class IterativeDPO(PolicyAlgorithm):
                 f" {self.aggregation}: its unit is the pair, and weights that sum to 1 over a"
                 " response are how pairs are counted."
             )
-        if not beta > 0:
-            raise UserError(f"algo.beta must be above 0, got {beta}. The paper has 0.1.")
-        if not 0 <= label_smoothing < 0.5:
-            raise UserError(f"algo.label_smoothing must be in [0, 0.5), got {label_smoothing}.")
-        check_at_least("algo.nll_coef", nll_coef, 0)
         if loss == "ipo":
             why = "algo.loss=ipo has no place for it"
             check_acts("algo.label_smoothing", label_smoothing, 0.0, why)

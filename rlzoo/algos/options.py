@@ -1,17 +1,35 @@
-"""What an algorithm refuses of its keys: values out of range, and values that could not act."""
+"""The keys that algorithms share: the bounds of each, and what is refused as it could not act."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from rlzoo.errors import UserError, check_acts, check_at_least, check_choice
-from rlzoo.learning.losses import KL_ESTIMATORS
-from rlzoo.learning.microbatching import AGGREGATIONS
+from annotated_types import Ge, Gt, Lt
+
+from rlzoo.errors import UserError, check_acts
+from rlzoo.values import Positive, Says, ShareBelow1
 
 log = logging.getLogger(__name__)
 
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length"]
+KLEstimator = Literal["k1", "k2", "k3"]
+Singleton = Literal["zero", "reward"]  # the advantage of a group of one
+ClipLow = Annotated[  # below 1, since 1 - clip_low has to stay positive
+    Annotated[float, Gt(0), Lt(1)] | None, Says("The ratio is clipped at 1 - it; PPO uses 0.2")
+]
+ClipHigh = Annotated[Positive | None, Says("The ratio is clipped at 1 + it; PPO uses 0.2")]
+DualClip = Annotated[
+    Annotated[float, Gt(1)] | None,
+    Says("It bounds a loss that is at least -A at ratio 1; released code uses 3"),
+]
+GroupSize = Annotated[
+    Annotated[int, Ge(2)] | None, Says("A group of one has nothing to be compared with")
+]
+TISCap = Annotated[float, Ge(1)] | None
+OverlongBuffer = Annotated[ShareBelow1, Says("It is a share of the length limit; DAPO uses 0.2")]
+Temperature = Annotated[Positive, Says("Greedy decoding, at 0, is for evaluation")]
 CLIP_DEFAULTS = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
 Options = Mapping[str, Any]  # an algorithm's attributes, by the names that they have as keys
 
@@ -29,55 +47,6 @@ class Declared(Protocol):
 
     @property
     def shapes_rewards(self) -> bool: ...
-
-
-def check_values(options: Options) -> None:
-    """Raises a UserError for a value out of range."""
-    for key, known in {
-        "aggregation": AGGREGATIONS,
-        "rejected": ("drop", "zero"),
-        "reward_scale": ("zero_one", "plus_minus_one"),
-        "kl_estimator": KL_ESTIMATORS,
-        "kl_in": ("loss", "reward"),
-    }.items():
-        check_choice(f"algo.{key}", options[key], known)
-    for key in ("updates", "passes", "max_response_tokens", "max_tokens_per_microbatch"):
-        check_at_least(f"algo.{key}", options[key], 1)
-    for key in ("kl_coef", "entropy_coef", "overlong_penalty"):
-        check_at_least(f"algo.{key}", options[key], 0)
-    if options["tis_cap"] is not None:
-        check_at_least("algo.tis_cap", options["tis_cap"], 1)
-    if not 0 <= options["overlong_buffer"] < 1:
-        raise UserError(
-            f"algo.overlong_buffer must be in [0, 1), got {options['overlong_buffer']}: it is a"
-            " share of the length limit. DAPO uses 0.2."
-        )
-    if not options["temperature"] > 0:
-        raise UserError(
-            f"algo.temperature must be above 0, got {options['temperature']}: training needs a"
-            " distribution to take gradients of. Greedy decoding is for evaluation."
-        )
-    if not options["max_logprob_gap"] > 0:
-        raise UserError(f"algo.max_logprob_gap must be above 0, got {options['max_logprob_gap']}.")
-    check_clips(options)
-    if options["kl_coef"] and options["kl_in"] == "loss" and options["kl_estimator"] == "k1":
-        log.warning("algo.kl_estimator=k1 in the loss has a mean gradient of 0: prefer k2 or k3.")
-
-
-def check_clips(options: Options) -> None:
-    low, high, dual = (options[key] for key in CLIP_DEFAULTS)
-    if low is not None and not 0 < low < 1:
-        raise UserError(
-            f"algo.clip_low must be in (0, 1) or null, got {low}: the ratio is clipped from"
-            " below at 1 - clip_low, which has to stay positive. PPO uses 0.2."
-        )
-    if high is not None and not high > 0:
-        raise UserError(f"algo.clip_high must be above 0 or null, got {high}. PPO uses 0.2.")
-    if dual is not None and not dual > 1:
-        raise UserError(
-            f"algo.dual_clip must be above 1 or null, got {dual}: it bounds a loss that"
-            " is at least -A at ratio 1. Released code uses 3."
-        )
 
 
 def check_acting(algo: Declared, options: Options) -> None:
@@ -101,6 +70,9 @@ def check_acting(algo: Declared, options: Options) -> None:
             f"algo.dual_clip={options['dual_clip']} would do nothing: {name} has none. Set it"
             " to null."
         )
+
+    if options["kl_coef"] and options["kl_in"] == "loss" and options["kl_estimator"] == "k1":
+        log.warning("algo.kl_estimator=k1 in the loss has a mean gradient of 0: prefer k2 or k3.")
 
     def check(key: str, default: object, why: str) -> None:
         check_acts(f"algo.{key}", options[key], default, why)

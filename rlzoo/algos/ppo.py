@@ -1,19 +1,19 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlzoo.algos.base import PolicyAlgorithm
-from rlzoo.errors import UserError, check_at_least, check_choice
 from rlzoo.learning.advantages import generalized_advantages, whiten
 from rlzoo.learning.losses import LossOutput, value_loss
 from rlzoo.models.critic import Critic
 from rlzoo.models.logits import hidden_size
 from rlzoo.models.logprobs import response_hidden, response_scores, spread
 from rlzoo.types import Credit, OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
+from rlzoo.values import AtLeast0, Positive, Share
 
 
 class PPO(PolicyAlgorithm):
@@ -48,27 +48,17 @@ class PPO(PolicyAlgorithm):
         policy: PolicyFactory,
         optimizer: OptimizerFactory,
         *,
-        critic: str = "separate",
-        critic_lr: float = 1e-5,
-        critic_warmup: int = 0,
-        gamma: float = 1.0,
-        lam: float = 1.0,
+        critic: Literal["separate", "shared"] = "separate",
+        critic_lr: Positive = 1e-5,
+        critic_warmup: AtLeast0 = 0,
+        gamma: Share = 1.0,
+        lam: Share = 1.0,
         whiten_advantages: bool = True,
-        value_coef: float = 1.0,
-        value_clip: float | None = 0.5,
+        value_coef: Positive = 1.0,
+        value_clip: Positive | None = 0.5,
         **shared: Any,
     ) -> None:
         super().__init__(policy, optimizer, **shared)
-        check_choice("algo.critic", critic, ("separate", "shared"))
-        check_at_least("algo.critic_warmup", critic_warmup, 0)
-        for key, value in {"gamma": gamma, "lam": lam}.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"algo.{key} must be in [0, 1], got {value}.")
-        for key, value in {"critic_lr": critic_lr, "value_coef": value_coef}.items():
-            if not value > 0:
-                raise UserError(f"algo.{key} must be above 0, got {value}.")
-        if value_clip is not None and not value_clip > 0:
-            raise UserError(f"algo.value_clip must be above 0 or null, got {value_clip}.")
         self.critic_kind, self.critic_lr, self.critic_warmup = critic, critic_lr, critic_warmup
         self.gamma, self.lam, self.whiten_advantages = gamma, lam, whiten_advantages
         self.value_coef, self.value_clip = value_coef, value_clip

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlzoo.algos.base import PolicyAlgorithm
-from rlzoo.errors import check_acts, check_choice
+from rlzoo.errors import check_acts
 from rlzoo.learning.advantages import group_advantages, group_stats
 from rlzoo.learning.selection import solved_groups, unsolved_groups
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
@@ -36,14 +36,13 @@ class Reinforce(PolicyAlgorithm):
         policy: PolicyFactory,
         optimizer: OptimizerFactory,
         *,
-        baseline: str = "none",
+        baseline: Literal["none", "mean"] = "none",
         scale_by_std: bool = False,
         drop_solved: bool = False,
         drop_unsolved: bool = False,
         **shared: Any,
     ) -> None:
         super().__init__(policy, optimizer, **shared)
-        check_choice("algo.baseline", baseline, ("none", "mean"))
         self.baseline, self.scale_by_std = baseline, scale_by_std
         self.drop_solved, self.drop_unsolved = drop_solved, drop_unsolved
         self.can_reject = self.overlong_filter or drop_solved or drop_unsolved

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from rlzoo.algos.base import PolicyAlgorithm
-from rlzoo.errors import check_choice
+from rlzoo.algos.options import Singleton
 from rlzoo.learning.advantages import leave_one_out_advantages
 from rlzoo.types import OptimizerFactory, PolicyFactory, Rollouts
 
@@ -30,11 +30,10 @@ class RLOO(PolicyAlgorithm):
         policy: PolicyFactory,
         optimizer: OptimizerFactory,
         *,
-        singleton: str = "zero",
+        singleton: Singleton = "zero",
         **shared: Any,
     ) -> None:
         super().__init__(policy, optimizer, **shared)
-        check_choice("algo.singleton", singleton, ("zero", "reward"))
         self.singleton, self.smallest_group = singleton, 2 if singleton == "zero" else 1
 
     def compute_advantages(self, rollouts: Rollouts) -> Tensor:

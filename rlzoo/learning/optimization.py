@@ -11,7 +11,7 @@ from lightning import Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from rlzoo.errors import UserError, check_at_least
+from rlzoo.errors import UserError
 from rlzoo.models.gather import whole
 from rlzoo.report.ledger import Ledger
 
@@ -45,7 +45,6 @@ class UpdateWatch:
     """
 
     def __init__(self, max_skipped: int) -> None:
-        check_at_least("algo.max_skipped_updates", max_skipped, 0)
         self.max_skipped = max_skipped
         self.skipped: str | None = None
         self.grad_norms: list[dict[str, float]] = []
