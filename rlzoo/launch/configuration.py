@@ -25,8 +25,8 @@ from rlzoo.launch.processes import register
 register()
 
 HOME = re.compile(r"(?<=[=,\[:])~[^\s,\[\]{}()=:]*")  # a path of the home folder in an override
-# Dotted keys as they were, and as they are: for command lines and files from then.
-RENAMED: dict[str, str] = {}
+# Dotted keys that were, and what has become of each: for command lines and files from then.
+RENAMED = {"callbacks.training_phase": "is the loop's own now: leave it out"}
 MIN_LIKENESS = 0.7  # of two names, by difflib's ratio, for one to be offered for the other
 
 
@@ -187,8 +187,9 @@ def _unknown_key_message(culprit: Override, config_name: str, parsed: Sequence[O
     keys = _known_keys(config_name, others)
     if not key.startswith("hydra"):
         keys = [name for name in keys if name.split(".")[0] != "hydra"]
-    near = [RENAMED[key]] if key in RENAMED else near_matches(key, keys)
-    add = ""
+    if key in RENAMED:
+        return f"{culprit.input_line}: {key} {RENAMED[key]}."
+    near, add = near_matches(key, keys), ""
     if not culprit.is_delete():
         near = [f"{name}={culprit.get_value_element_as_str()}" for name in near]
         add = f" To add a new key, write +{culprit.input_line}."

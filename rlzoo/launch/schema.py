@@ -117,7 +117,7 @@ def check_settings(cfg: DictConfig) -> None:
         elif isinstance(found.value, str) and found.value.startswith("~") and is_path(annotation):
             OmegaConf.update(cfg, found.key, expanduser(found.value))
     names = set(all_keys(cfg)) & RENAMED.keys()
-    problems = {**later, **problems, **{key: f"is now {RENAMED[key]}." for key in names}}
+    problems = {**later, **problems, **{key: f"{RENAMED[key]}." for key in names}}
     if not problems:
         problems = trial(cfg)
     if problems:
