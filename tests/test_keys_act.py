@@ -24,7 +24,6 @@ from rlzoo.errors import UserError
 from rlzoo.launch.configuration import conf_dir
 from rlzoo.launch.schema import HYDRA, TOP, check_settings, is_node, signature_of
 from rlzoo.launch.trainer_keys import ARGUMENTS
-from rlzoo.report.ledger import Limits
 from rlzoo.values import fits
 from tests.test_values import compose
 
