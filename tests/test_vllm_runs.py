@@ -1,8 +1,10 @@
 """Whole runs with the real vLLM inside: what a user sees, what is left behind, what goes wrong."""
 
 import contextlib
-import os
 import re
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -30,20 +32,21 @@ main()
 """
 
 
-def orphaned_memory() -> set[str]:
-    """Shared memory that no process has mapped or open; other tests may have some in use."""
-    held: set[str] = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            held |= set(re.findall(r"/dev/shm/(\S+)", (process / "maps").read_text()))
-            for descriptor in (process / "fd").iterdir():
-                held.add(os.readlink(descriptor).removeprefix("/dev/shm/"))
-    return {path.name for path in Path("/dev/shm").iterdir()} - held
+def shared_memory_of(process: subprocess.Popen, seen: set[Path]) -> None:
+    """Adds the shared memory that a process and its children map, as long as it lives."""
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error, OSError):  # one has ended
+            whole = psutil.Process(process.pid)
+            for one in (whole, *whole.children(recursive=True)):
+                maps = Path(f"/proc/{one.pid}/maps").read_text()
+                seen |= {Path(path) for path in re.findall(r"/dev/shm/\S+", maps)}
+        time.sleep(0.05)
 
 
 def test_a_run_is_quiet_agrees_with_its_engine_and_leaves_nothing_running(tmp_path):
-    before = orphaned_memory()
-    process = start_anew(tmp_path / "run", *VLLM)
+    process, memory = start_anew(tmp_path / "run", *VLLM), set()
+    watch = threading.Thread(target=shared_memory_of, args=(process, memory))
+    watch.start()
     group = {process.pid, *(child.pid for child in psutil.Process(process.pid).children())}
     output = finish(process)
     assert "Engine and trainer agree" in output
@@ -57,7 +60,8 @@ def test_a_run_is_quiet_agrees_with_its_engine_and_leaves_nothing_running(tmp_pa
     assert not any(psutil.pid_exists(pid) for pid in group)
     marker = f"run_dir={tmp_path / 'run'}"
     left = [p for p in psutil.process_iter(["cmdline"]) if marker in (p.info["cmdline"] or [])]
-    assert left == [] and orphaned_memory() <= before
+    watch.join()
+    assert left == [] and memory and not any(path.exists() for path in memory)
 
 
 def test_an_engine_that_fails_in_a_draw_leaves_a_checkpoint_to_go_on_from(tmp_path):
