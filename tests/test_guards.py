@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
-from rlzoo.allocators.gvm import gvm_budgets
+from rlzoo.allocators.gvm import GVMBudgets
 from rlzoo.callbacks import Checkpoint, WeightSync
 from rlzoo.callbacks.broken import refuse_broken
 from rlzoo.callbacks.checkpoint import comparable
@@ -254,8 +254,8 @@ def test_no_budget_follows_from_norms_that_are_no_numbers():
     rates = np.array([0.5, 0.5, 0.5])
     for value in (math.nan, math.inf):
         with pytest.raises(UserError, match="sampler=gvm.* of 1 of 3 prompts.*model.dtype=float32"):
-            gvm_budgets(rates, np.array([1.0, value, 2.0]), 12)
-    assert sum(gvm_budgets(rates, np.array([1.0, 1.0, 2.0]), 12)) == 12
+            GVMBudgets().budgets(rates, np.array([1.0, value, 2.0]), 12)
+    assert sum(GVMBudgets().budgets(rates, np.array([1.0, 1.0, 2.0]), 12)) == 12
 
 
 def test_a_score_that_is_no_number_is_never_the_best(tmp_path: Path):

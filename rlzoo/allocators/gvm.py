@@ -29,40 +29,6 @@ def gvm_weights(
     return np.where(accept_rates > 0, weights, 0.0)
 
 
-def gvm_budgets(
-    accept_rates: np.ndarray,
-    grad_norms: np.ndarray,
-    total: int,
-    *,
-    alpha: float = 1e-3,
-    beta: float = 2.0,
-    n_min: int = 0,
-    n_max: int | None = None,
-) -> list[int]:
-    """Budgets in proportion to `gvm_weights`, exact in sum; uniform if no weight is positive.
-
-    Args:
-        total: responses to share out.
-        n_min: floor for every prompt, unsolved ones included.
-        n_max: ceiling for every prompt; null is none, as in the paper.
-
-    Raises:
-        UserError: rates or norms that are not finite, of which no budget follows.
-    """
-    broken = ~(np.isfinite(accept_rates) & np.isfinite(grad_norms))
-    if broken.any():
-        raise UserError(
-            f"sampler=gvm cannot share out responses: of {broken.sum()} of {len(broken)} prompts"
-            " the pilots' acceptance rate or gradient norm is not finite. The policy's numbers"
-            " outgrow their format: take model.dtype=float32 or bfloat16, or"
-            " trainer.precision=32-true or bf16-mixed; sampler=uniform asks for no norms."
-        )
-    weights = gvm_weights(accept_rates, grad_norms, alpha, beta)
-    if weights.sum() == 0:
-        weights = np.ones_like(weights)
-    return round_to_total(weights / weights.sum(), total, low=n_min, high=n_max)
-
-
 class GVMBudgets(Allocator):
     """Gives more responses to prompts whose gradient is large or hard to come by.
 
@@ -120,15 +86,31 @@ class GVMBudgets(Allocator):
 
     def allocate(self, prompt_ids: Sequence[str], total: int) -> list[int]:
         self.bounds(len(prompt_ids), total)
-        return gvm_budgets(
-            np.array([self.accept_rates[i] for i in prompt_ids]),
-            np.array([self.grad_norms[i] for i in prompt_ids]),
-            total,
-            alpha=self.alpha,
-            beta=self.beta,
-            n_min=self.n_min,
-            n_max=self.n_max,
-        )
+        rates = np.array([self.accept_rates[i] for i in prompt_ids])
+        return self.budgets(rates, np.array([self.grad_norms[i] for i in prompt_ids]), total)
+
+    def budgets(self, accept_rates: np.ndarray, grad_norms: np.ndarray, total: int) -> list[int]:
+        """In proportion to `gvm_weights`, exact in sum; uniform if no weight is positive.
+
+        Args:
+            accept_rates, grad_norms: [P], see `gvm_weights`.
+            total: responses to share out.
+
+        Raises:
+            UserError: rates or norms that are not finite, of which no budget follows.
+        """
+        broken = ~(np.isfinite(accept_rates) & np.isfinite(grad_norms))
+        if broken.any():
+            raise UserError(
+                f"sampler=gvm cannot share out responses: of {broken.sum()} of {len(broken)}"
+                " prompts the pilots' acceptance rate or gradient norm is not finite. The policy's"
+                " numbers outgrow their format: take model.dtype=float32 or bfloat16, or"
+                " trainer.precision=32-true or bf16-mixed; sampler=uniform asks for no norms."
+            )
+        weights = gvm_weights(accept_rates, grad_norms, self.alpha, self.beta)
+        if weights.sum() == 0:
+            weights = np.ones_like(weights)
+        return round_to_total(weights / weights.sum(), total, low=self.n_min, high=self.n_max)
 
     def state_dict(self) -> dict[str, Any]:
         return {"accept_rates": dict(self.accept_rates), "grad_norms": dict(self.grad_norms)}

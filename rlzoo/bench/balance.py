@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlzoo.allocators.gvm import gvm_budgets, gvm_weights
+from rlzoo.allocators.gvm import GVMBudgets, gvm_weights
 from rlzoo.data.shares import Piece, share_out
 from rlzoo.errors import check_at_least
 from rlzoo.learning.microbatching import balance, plan_microbatches
@@ -94,7 +94,9 @@ def skewed_budgets(accept_rates: np.ndarray, norms: np.ndarray, total: int) -> l
     weights = gvm_weights(accept_rates, norms, 1e-3, 2.0)
     heaviest = int(weights.argmax())
     others = np.arange(len(norms)) != heaviest
-    budgets = gvm_budgets(accept_rates[others], norms[others], total - LARGEST, n_max=LARGEST)
+    budgets = GVMBudgets(n_max=LARGEST).budgets(
+        accept_rates[others], norms[others], total - LARGEST
+    )
     return [*budgets[:heaviest], LARGEST, *budgets[heaviest:]]
 
 

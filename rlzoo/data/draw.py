@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -72,10 +73,11 @@ class Drawer:
         rank, world_size = world()
         lengths = [len(p.token_ids) for p in prompts]
         mine = share_out(lengths, budgets, self.expected_length(), world_size)[rank]
-        requests = [
-            self._request(prompts[i], range(start, stop), stream, rollout_step, round_)
-            for i, start, stop in mine
-        ]
+        requests = []
+        for i, start, stop in mine:
+            key = (self.seed, stream, rollout_step, round_, prompts[i].id)
+            seeds = tuple(response_seed(*key, index) for index in range(start, stop))
+            requests.append(Request(prompts[i].token_ids, seeds))
         version = self.ledger.updates
         bar = self.bars.phase("sampling", sum(len(r.seeds) for r in requests), "responses")
         began = time.perf_counter()
@@ -138,16 +140,6 @@ class Drawer:
             return float(self.params.max_response_tokens)
         return total["tokens"] / total["responses"]
 
-    def text(self, response: Response) -> str:
-        return str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True))
-
-    def _request(
-        self, prompt: Prompt, indices: range, stream: str, step: int, round_: int
-    ) -> Request:
-        """For the responses of these indices among all of the prompt's."""
-        seeds = (response_seed(self.seed, stream, step, round_, prompt.id, i) for i in indices)
-        return Request(prompt.token_ids, tuple(seeds))
-
     def _score(
         self, prompts: list[Prompt], drawn: list[list[Response]]
     ) -> list[tuple[list[Response], Scores]]:
@@ -156,7 +148,8 @@ class Drawer:
             self.reward.check_golds(self.golds_to_try)
         self.golds_to_try = []
         flat = [(p, r) for p, group in zip(prompts, drawn, strict=True) for r in group]
-        texts = [self.text(response) for _, response in flat]
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        texts = [str(decode(response.token_ids)) for _, response in flat]
         bar = self.bars.phase("verifying", len(flat), "responses")
         with bar as advance:
             scores = self.reward(

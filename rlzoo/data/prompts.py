@@ -150,7 +150,7 @@ class FilePrompts:
     def read_files(self, path: str, files: Sequence[Path]) -> list[Prompt]:
         names = (self.question_column, self.answer_column, self.solution_column, self.id_column)
         columns = list(dict.fromkeys(name for name in names if name is not None))
-        kept = Kept(ids_are_questions=self.id_column is None)
+        kept = Kept()
         unmet = set(columns)
         found: dict[str, None] = {}  # columns, in the order they were met
         problems: list[str] = []
@@ -234,14 +234,9 @@ class FilePrompts:
 
 
 class Kept:
-    """The prompts of the rows read so far, no id and no question twice.
+    """The prompts of the rows read so far, no id and no question twice."""
 
-    Args:
-        ids_are_questions: whether an id is the hash of its question already.
-    """
-
-    def __init__(self, ids_are_questions: bool) -> None:
-        self.ids_are_questions = ids_are_questions
+    def __init__(self) -> None:
         self.prompts: list[Prompt] = []
         self.places: list[str] = []
         self.conflicts = 0  # repeated questions with another answer
@@ -250,9 +245,7 @@ class Kept:
 
     def add(self, prompt: Prompt, place: str) -> None:
         """Raises BadRow for a repeated id or question."""
-        key = prompt.id
-        if not self.ids_are_questions:
-            key = question_id(prompt.question, prompt.turns)
+        key = question_id(prompt.question, prompt.turns)
         index = self._by_question.get(key)
         what = f"prompt {prompt.id!r}"
         if index is None:

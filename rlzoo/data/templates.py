@@ -253,8 +253,6 @@ def names_read(source: str) -> set[str]:
 
 def shows(text: str, content: str) -> bool:
     """Whether a rendered prompt holds a turn's content, whatever became of the spaces."""
-    if content.strip() in text:
-        return True
     return "".join(content.split()) in "".join(text.split())
 
 

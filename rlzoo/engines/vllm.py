@@ -72,6 +72,12 @@ class VLLMBase:
         self.shapes = expected_shapes(self.config, trust_remote_code)
         self.version, self.asleep = -1, False
 
+    def sampling(self, params: SamplingParams) -> dict[str, Any]:
+        """What vLLM is asked for, by its names."""
+        named = params._asdict()
+        named["max_tokens"] = named.pop("max_response_tokens")
+        return named | {"stop_token_ids": self.eos_token_ids, "logprobs": 0}
+
     def checksum(self) -> None:
         """vLLM packs its weights for its kernels, so that they cannot be read back: None."""
 
@@ -267,23 +273,11 @@ class VLLMEngine(VLLMBase):
         import vllm
 
         requests, mine = together(requests, self.tensor_parallel)
+        shared = self.sampling(params) | {"flat_logprobs": True, "detokenize": False}
         flat = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(requests[index].token_ids)} for index, _ in flat],
-            [
-                vllm.SamplingParams(
-                    temperature=params.temperature,
-                    top_p=params.top_p,
-                    top_k=params.top_k,
-                    max_tokens=params.max_response_tokens,
-                    seed=seed,
-                    stop_token_ids=self.eos_token_ids,
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                )
-                for _, seed in flat
-            ],
+            [vllm.SamplingParams(**shared, seed=seed) for _, seed in flat],
             use_tqdm=progress_bar(on_progress) if on_progress else False,
         )
         found: list[list[Response]] = [[] for _ in requests]

@@ -275,14 +275,7 @@ class VLLMServerEngine(VLLMBase):
     ) -> list[list[Response]]:
         check_version(self, expected_version)
         flat = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
-        shared = {
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "max_tokens": params.max_response_tokens,
-            "stop_token_ids": self.eos_token_ids,
-            "logprobs": 0,
-        }
+        shared = self.sampling(params)
         prompts = [list(request.token_ids) for request in requests]
         jobs = [{"token_ids": prompts[i], "sampling_params": shared | {"seed": s}} for i, s in flat]
         found: list[list[Response]] = [[] for _ in requests]

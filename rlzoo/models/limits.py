@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -40,7 +40,8 @@ def longest_sequence(config: PretrainedConfig) -> int | None:
     if not limits or limits[0] < 1 or slopes:  # ALiBi's reach as far as asked
         return None
     longest, ends = limits[0], []
-    for rope in rope_settings(config):
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in [ropes, *(x for x in ropes.values() if isinstance(x, dict))]:  # by kind of layer
         kind = rope.get("rope_type", rope.get("type"))
         first = rope.get("original_max_position_embeddings") or limits[0]
         if kind in STRETCHED and rope.get("factor"):
@@ -48,12 +49,6 @@ def longest_sequence(config: PretrainedConfig) -> int | None:
         if kind in VARYING:
             ends.append(int(first))
     return min([longest, *ends])
-
-
-def rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """Of rotary positions, one a kind of layers."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return [rope, *(x for x in rope.values() if isinstance(x, dict))] if rope else []
 
 
 class TokenLimits(NamedTuple):

@@ -110,7 +110,8 @@ def _chain(text: str, boxes: list[Box]) -> tuple[list[str], list[str], int]:
             break
         sure = sure and _JOINED.fullmatch(gap) is not None
         repeated = box.content == after
-        if not sure and len(gap) >= _NEAR and (repeated or not _may_join(gap)):
+        may_join = _MAYBE_JOINED.search(gap) and not _SENTENCE_ENDS.search(gap)
+        if not sure and len(gap) >= _NEAR and (repeated or not may_join):
             break
         begin, after = box.start, box.content
         if not repeated:
@@ -118,7 +119,3 @@ def _chain(text: str, boxes: list[Box]) -> tuple[list[str], list[str], int]:
             if sure:
                 joined.insert(0, box.content)
     return joined, nearby, begin
-
-
-def _may_join(gap: str) -> bool:
-    return bool(_MAYBE_JOINED.search(gap)) and not _SENTENCE_ENDS.search(gap)

@@ -223,15 +223,12 @@ def _are_apart(gold: str, answer: str) -> bool:
     if len(letters) == 2:
         return sorted(letters[0]) != sorted(letters[1]) and not set(letters) <= _UNITS
     # 2t is no 2, although a t may be a unit
-    return len(letters) == 1 and letters[0] not in _UNITS and None not in map(_lone, pair)
+    alone = all(_TERM.fullmatch(text) or number(text) is not None for text in pair)
+    return len(letters) == 1 and letters[0] not in _UNITS and alone
 
 
 def _clock(text: str) -> str:
     return re.sub(r"\\text\{|[}. ]", "", _NOON.sub(r"\1m", text)).lower()
-
-
-def _lone(text: str) -> str | None:
-    return text if _TERM.fullmatch(text) or number(text) is not None else None
 
 
 @lru_cache(maxsize=4096)

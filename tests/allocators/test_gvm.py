@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlzoo.allocators.base import round_to_total
-from rlzoo.allocators.gvm import GVMBudgets, gvm_budgets, gvm_weights
+from rlzoo.allocators.gvm import GVMBudgets, gvm_weights
 from rlzoo.allocators.uniform import Uniform
 from rlzoo.errors import UserError
 
@@ -32,27 +32,27 @@ VECTORS = [
 def test_proposition_1_has_its_known_values(norms, rates, total, weights, budgets):
     rates, norms = np.array(rates, float), np.array(norms, float)
     assert gvm_weights(rates, norms, 1e-3, 2.0) == pytest.approx(weights, abs=1e-5)
-    assert gvm_budgets(rates, norms, total) == budgets
+    assert GVMBudgets().budgets(rates, norms, total) == budgets
 
 
 def test_no_accepted_pilot_at_all_falls_back_to_uniform():
-    assert gvm_budgets(np.zeros(4), np.zeros(4), 10) == [3, 3, 2, 2]
+    assert GVMBudgets().budgets(np.zeros(4), np.zeros(4), 10) == [3, 3, 2, 2]
 
 
 def test_equal_prompts_get_equal_budgets():
-    assert gvm_budgets(np.full(5, 0.5), np.full(5, 2.0), 20) == [4] * 5
+    assert GVMBudgets().budgets(np.full(5, 0.5), np.full(5, 2.0), 20) == [4] * 5
 
 
 def test_what_a_capped_prompt_cannot_take_goes_to_the_others():
     rates, norms = np.array([0.5, 0.25, 0.0, 1.0]), np.array([1.0, 2.0, 0.0, 4.0])
-    budgets = gvm_budgets(rates, norms, 32, n_max=12)
+    budgets = GVMBudgets(n_max=12).budgets(rates, norms, 32)
     assert sum(budgets) == 32 and max(budgets) == 12
     assert budgets[2] == 0, "an unsolved prompt was paid although others had room"
 
 
 def test_an_unsolved_prompt_gets_the_floor():
     rates, norms = np.array([0.5, 0.25, 0.0, 1.0]), np.array([1.0, 2.0, 0.0, 4.0])
-    assert gvm_budgets(rates, norms, 32, n_min=2)[2] == 2
+    assert GVMBudgets(n_min=2).budgets(rates, norms, 32)[2] == 2
 
 
 @given(
@@ -66,7 +66,7 @@ def test_an_unsolved_prompt_gets_the_floor():
 def test_budgets_are_exact_in_sum_and_within_bounds(prompts, low, high, share):
     rates, norms = (np.array(column) for column in zip(*prompts, strict=True))
     total = round(len(prompts) * (low + share * (high - low)))
-    budgets = gvm_budgets(rates, norms, total, n_min=low, n_max=high)
+    budgets = GVMBudgets(n_min=low, n_max=high).budgets(rates, norms, total)
     assert sum(budgets) == total
     assert min(budgets) >= low and max(budgets) <= high
 

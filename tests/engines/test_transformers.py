@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rlzoo.engines.base import Request, SamplingParams, weights_checksum
+from rlzoo.engines.decoding import CachedDecoder
 from rlzoo.engines.transformers import TransformersEngine, draw
 from rlzoo.models.logprobs import response_scores
 from rlzoo.types import Prompt, Rollouts, collate
@@ -15,6 +16,7 @@ def make_engine(max_rows: int = 64) -> TransformersEngine:
     engine = TransformersEngine(
         make_tiny_model, eos_token_ids=[0], pad_token_id=1, max_rows=max_rows
     )
+    assert engine.decoder is CachedDecoder  # and not the one that hides what a cache does wrong
     engine.load_weights(make_tiny_model(seed=3).named_parameters(), version=5)
     return engine
 
