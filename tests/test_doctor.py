@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlzoo.diagnosis.causes import gap_figures, likely_cause, verdict
+from rlzoo.diagnosis.causes import Evidence, Probe, gap_figures, verdict
 from rlzoo.diagnosis.probe import HALF_GAP
 from rlzoo.engines.base import weights_checksum
 
@@ -30,7 +30,8 @@ def gaps(inner: float, first: float | None = None, last: float | None = None) ->
     ],
 )
 def test_each_pattern_of_gaps_has_its_cause(found, probe_gap, limit, cause):
-    assert cause in likely_cause(found, probe_gap, limit)
+    probe = None if probe_gap is None else Probe(probe_gap, limit)
+    assert cause in Evidence(None, probe).cause(found, (), 1.0)
 
 
 def test_the_verdict_has_the_figures_and_a_mend_only_where_something_is_wrong():

@@ -80,21 +80,40 @@ class Evidence:
         self.setting, self.probe = setting, probe
 
     def cause(self, gaps: Sequence[Tensor], found: Sequence[Suspect], temperature: float) -> str:
-        """`likely_cause`, with what a probe says where the rollouts alone bear nothing out."""
-        probe, setting = self.probe, self.setting or Setting()
-        if probe is not None and not probe.gap <= probe.limit:
-            if (told := on_probe(probe.found, setting)) is not None:
-                return told
-        said = likely_cause(
-            gaps,
-            *([] if probe is None else [probe.gap, probe.limit]),
-            setting=self.setting,
-            found=found,
-            temperature=temperature,
-        )
-        if probe is not None and probe.same_weights and said.startswith("the weights"):
-            return FORWARD.format(gap=probe.gap)
-        return said
+        """What most likely sets engine and trainer apart; "unknown" if nothing bears a cause out.
+
+        Args:
+            gaps: of each rollout, [L] in order of its tokens.
+            found: of `rlzoo.diagnosis.suspects.suspects`.
+            temperature: of the trainer's log-probs.
+        """
+        probe, setting = self.probe, self.setting
+        apart = None if probe is None or probe.gap <= probe.limit else probe
+        if apart is not None and (told := on_probe(apart.found, setting or Setting())) is not None:
+            return told
+        gaps = [gap.double() for gap in gaps if len(gap)]
+        flat = torch.cat([torch.zeros(0), *gaps])
+        if not flat.isfinite().all():
+            return "log-probs that are not finite"
+        mean = float(flat.mean()) if len(flat) else 0.0
+        if mean <= EXACT:
+            return "none: the difference is rounding"
+        if setting is not None and setting.left_out and any(s.name == "left_out" for s in found):
+            return (
+                f"the sampling settings: {setting.left_out} leaves tokens out, as was allowed, and"
+                " the trainer's log-probs are of all tokens"
+            )
+        if (explained := borne_out(found, setting or Setting(), temperature)) is not None:
+            return explained
+        if setting is not None and not setting.exact and mean <= size_of(setting, found):
+            return f"precision: {setting.formats}, which alone explains means of such a size"
+        if apart is not None:
+            return (FORWARD if apart.same_weights else WEIGHTS).format(gap=apart.gap)
+        if (place := by_place(gaps)) is not None:
+            return place
+        if setting is None and mean <= APART:
+            return "precision: the engine computes in another dtype than the trainer"
+        return unknown(probe, setting, found)
 
 
 SENTENCES = {
@@ -115,6 +134,10 @@ SENTENCES = {
 FORWARD = (
     "the forward pass: engine and trainer hold equal weights and compute other log-probs from them"
     " (by {gap:.2g} nats on a probe)"
+)
+WEIGHTS = (
+    "the weights: a weight sync left some of them as they were, or the engine computes another"
+    " model from them (a probe of the same tokens differs by {gap:.2g} nats)"
 )
 NOT_BY_WEIGHTS = (  # causes that importance weights hide, and do not mend
     "a shift",
@@ -151,53 +174,6 @@ def gap_figures(gaps: Tensor) -> dict[str, float]:
         "logprob_gap/max": float(gaps.max()),
         "logprob_gap/far": float((gaps > FAR).double().mean()),
     } | odd
-
-
-def likely_cause(
-    gaps: Sequence[Tensor],
-    probe_gap: float | None = None,
-    probe_limit: float = APART,
-    *,
-    setting: Setting | None = None,
-    found: Sequence[Suspect] = (),
-    temperature: float = 1.0,
-) -> str:
-    """What most likely sets engine and trainer apart; "unknown" where nothing bears a cause out.
-
-    Args:
-        gaps: of each rollout, [L] in order of its tokens.
-        probe_gap: mean gap of `rlzoo.diagnosis.probe` at temperature 1, where it was asked for.
-        probe_limit: mean gap of the probe that number formats alone can explain.
-        setting: what is known of both sides.
-        found: of `rlzoo.diagnosis.suspects.suspects`.
-        temperature: of the trainer's log-probs.
-    """
-    gaps = [gap.double() for gap in gaps if len(gap)]
-    flat = torch.cat([torch.zeros(0), *gaps])
-    if not flat.isfinite().all():
-        return "log-probs that are not finite"
-    mean = float(flat.mean()) if len(flat) else 0.0
-    if mean <= EXACT:
-        return "none: the difference is rounding"
-    if setting is not None and setting.left_out and any(s.name == "left_out" for s in found):
-        return (
-            f"the sampling settings: {setting.left_out} leaves tokens out, as was allowed, and the"
-            " trainer's log-probs are of all tokens"
-        )
-    if (explained := borne_out(found, setting or Setting(), temperature)) is not None:
-        return explained
-    if setting is not None and not setting.exact and mean <= size_of(setting, found):
-        return f"precision: {setting.formats}, which alone explains means of such a size"
-    if probe_gap is not None and not probe_gap <= probe_limit:
-        return (
-            "the weights: a weight sync left some of them as they were, or the engine computes"
-            f" another model from them (a probe of the same tokens differs by {probe_gap:.2g} nats)"
-        )
-    if (place := by_place(gaps)) is not None:
-        return place
-    if setting is None and mean <= APART:
-        return "precision: the engine computes in another dtype than the trainer"
-    return unknown(probe_gap, setting, found)
 
 
 def borne_out(found: Sequence[Suspect], setting: Setting, temperature: float) -> str | None:
@@ -244,14 +220,14 @@ def by_place(gaps: Sequence[Tensor]) -> str | None:
     return None
 
 
-def unknown(probe_gap: float | None, setting: Setting | None, found: Sequence[Suspect]) -> str:
+def unknown(probe: Probe | None, setting: Setting | None, found: Sequence[Suspect]) -> str:
     """What is left when no cause is borne out, and what has been ruled out."""
     if any(s.name == "left_out" for s in found):
         return (
             "the sampling settings: the engine leaves tokens out (its log-probs are nowhere below"
             " the trainer's), by a top-p, a top-k or both"
         )
-    if probe_gap is None:
+    if probe is None:
         return (
             "unknown: a weight sync that failed, another temperature or top-p in the engine, or"
             " another dtype"

@@ -121,7 +121,7 @@ class GapWatch:
         )
 
     def cause(self, module: Trainee) -> str:
-        """`rlzoo.diagnosis.causes.likely_cause`, rank 0's on every rank; collective."""
+        """`rlzoo.diagnosis.causes.Evidence.cause`, rank 0's on every rank; collective."""
         flat = torch.cat([torch.zeros(0), *self.gaps])
         gaps, found = list(torch.split(flat, 2)), []  # no place in a response is known
         if self.rollouts is not None:

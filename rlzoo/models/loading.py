@@ -176,9 +176,8 @@ def check_tied(policy: PreTrainedModel, directory: Path, source: str) -> None:
         return
     for name, other in policy.get_expanded_tied_weights_keys(all_submodels=True).items():
         apart = name not in policy.all_tied_weights_keys
-        if (
-            not apart and is_deepspeed_zero3_enabled()
-        ):  # transformers has compared what it does not hold
+        if not apart and is_deepspeed_zero3_enabled():
+            # transformers has compared what it does not hold
             ours, theirs = stored(directory, name), stored(directory, other)
             apart = ours is not None and theirs is not None and not torch.equal(ours, theirs)
         if apart:
