@@ -11,13 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlzoo.models.gather import through
-from rlzoo.models.logits import (
-    PLAIN,
-    LogitTransform,
-    backbone_of,
-    transform_of,
-    vocabulary_size,
-)
+from rlzoo.models.logits import PLAIN, LogitTransform, backbone_of, transform_of, vocabulary_size
 from rlzoo.types import BatchRow, RolloutBatch, collate
 
 CHUNK_ELEMENTS = 2**26  # logits held at once, elements of float32 (256 MiB)
