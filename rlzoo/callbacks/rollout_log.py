@@ -58,6 +58,8 @@ class RolloutLog(Callback):
         row = rollout_figures(run.rollouts) | algo.means.compute() | algo.gap()
         row |= mean_norms(algo.grad_norms)
         row["lr"] = algo.trainer.optimizers[0].param_groups[0]["lr"]
+        if not run.rollouts.replayed:
+            run.row["rounds"] = run.rollouts.rounds
         algo.means.reset()
         algo.grad_norms.clear()
         self.write_row(run, data, algo.trainer.loggers, row)
@@ -133,8 +135,6 @@ def rollout_figures(rollouts: Rollouts) -> dict[str, float]:
         "near_ties": rollouts.num_near_ties,
         "policy_version": rollouts.policy_version,
     }
-    if not rollouts.replayed:
-        figures["rounds"] = rollouts.rounds
     if not len(rollouts):
         return figures
     lengths, rewards = rollouts.lengths.double(), rollouts.rewards.double()
