@@ -16,11 +16,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key} must be one of {', '.join(map(str, choices))}; got {value!r}.")
-
-
 def check_at_least(key: str, value: float, low: float) -> None:
     if not value >= low:  # NaN is not either
         raise UserError(f"{key} must be at least {low}, got {value}.")

@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
     """Online reinforcement learning."""
 
+    turns = (
+        *("rank_watch", "weight_sync", "doctor", "sampler", "validation", "rollout_log"),
+        *("checkpoint", "preemption", "export"),
+    )
+
     # --- before the first rollout step ------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -144,6 +149,8 @@ def microbatches_of(
 
 class SupervisedLoop(Seam[SFTDataModule, SFT]):
     """Supervised training: blocks of updates in place of rollout steps, nothing is drawn."""
+
+    turns = ("rank_watch", "sft_log", "checkpoint", "preemption", "export")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.algo.agree_on_pieces(self.data.val_batches)

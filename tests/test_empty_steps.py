@@ -166,7 +166,7 @@ def test_a_score_that_is_declared_and_that_nothing_computes_is_named():
 
 def test_a_score_that_nothing_computed_is_an_error_to_read():
     """It was 0 for every token: a log-prob of 1."""
-    (batch,) = prepared(build("raft"), recorded_rollouts((3, 4)))
+    (batch,) = prepared(build("grpo"), recorded_rollouts((3, 4)))
     with pytest.raises(NoSuchScore, match="batch.ref_logprobs.*old_logprobs.*kl_coef"):
         batch.ref_logprobs  # noqa: B018
     assert not hasattr(batch, "values") and hasattr(batch, "old_logprobs")

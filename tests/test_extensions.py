@@ -1,12 +1,17 @@
 """Algorithms outside the repository, in tests/outside: a class of at most 40 lines and a YAML each,
 with which nothing of rlzoo had to be edited, trained as a user would train them."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rlzoo.algos import GRPO
 from rlzoo.launch.summary import read_metrics
+from rlzoo.loop import microbatches_of
+from rlzoo.types import NoSuchScore
 from tests import warm
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
@@ -60,3 +65,45 @@ def test_only_the_kept_of_a_group_train_and_they_are_their_own_baseline():
     assert int(batch.response_mask.any(1).sum()) == 5
     found = sorted(round(a, 3) for a in batch.advantages[:, 0].tolist())
     assert found == [-0.707, -0.707, 0.0, 0.707, 0.707]
+
+
+class Undeclared(GRPO):
+    """Reads old log-probs, as its loss does, and does not say so."""
+
+    scores = ("entropy",)
+
+
+class ByEntropy(GRPO):
+    credit_scores = ("entropy",)
+
+    def compute_advantages(self, rollouts):
+        return [entropy.clone() for entropy in rollouts.scores["entropy"]]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_score_that_is_read_and_was_not_declared_is_an_error_at_any_step(first, updates):
+    algo, rollouts = stranger(Undeclared, updates), recorded_rollouts((3, 4))
+    rollouts.rollout_step = first
+    (batch, *_) = microbatches_of(rollouts, algo)
+    with pytest.raises(NoSuchScore, match="batch.old_logprobs"):
+        algo.training_step(batch, 0)
+
+
+def test_what_credit_reads_is_scored_without_being_declared_twice():
+    algo, rollouts = stranger(ByEntropy, 2), recorded_rollouts((3, 4))
+    rollouts.rollout_step = 1
+    (batch, _) = microbatches_of(rollouts, algo)
+    torch.testing.assert_close(batch.advantages, batch.entropy)
+
+
+def stranger(kind: type[GRPO], updates: int) -> GRPO:
+    """An algorithm as a run has it: it scores when it must, not always as in `prepared`."""
+    algo = kind(make_tiny_model, lambda p: torch.optim.SGD(p, lr=1.0), updates=updates)
+    algo.configure_model()
+    plugin = SimpleNamespace(forward_context=contextlib.nullcontext)
+    algo.trainer = SimpleNamespace(
+        world_size=1, global_rank=0, accumulate_grad_batches=1, precision_plugin=plugin
+    )
+    algo.max_logprob_gap = algo.gap_watch.limit = 1e9  # the recorded log-probs are of no engine
+    return algo

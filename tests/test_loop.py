@@ -10,7 +10,7 @@ from rlzoo.callbacks import Checkpoint, Validation
 from rlzoo.callbacks.seam import Microbatches, Parts, Seam
 from rlzoo.callbacks.state import Run
 from rlzoo.errors import UserError
-from rlzoo.loop import RolloutLoop
+from rlzoo.loop import RolloutLoop, SupervisedLoop
 from rlzoo.report.ledger import Ledger, Limits
 from rlzoo.report.progress import Bars
 
@@ -30,7 +30,7 @@ class Steps(Seam):
         super().__init__(run, Data(), torch.nn.Linear(1, 1), Parts())
         self.told: list[str] = []
 
-    microbatches_per_step = 2
+    microbatches_per_step, turns = 2, ()
 
     def boundary(self, trainer: object) -> None:
         self.told.append(self.run.ended_by or "goes on")
@@ -73,6 +73,31 @@ def test_a_stop_that_any_callback_asks_for_waits_for_the_boundary():
     assert trainer.should_stop and loop.told == ["trainer.should_stop"]
 
 
+class Asking(Steps):
+    """Something asks for a stop while the boundary is being made."""
+
+    def boundary(self, trainer: SimpleNamespace) -> None:
+        super().boundary(trainer)
+        trainer.should_stop = True
+
+
+def test_a_stop_asked_for_in_a_boundary_or_at_the_end_of_an_epoch_ends_the_run_at_the_next():
+    loop, trainer = Asking(), SimpleNamespace(should_stop=False, max_epochs=-1, callbacks=[])
+    ended(loop, trainer, last=True)
+    assert not trainer.should_stop and loop.told == ["goes on"]
+    ended(loop, trainer, last=True)
+    assert trainer.should_stop and loop.told[1:] == ["trainer.should_stop"]
+    other, trainer = Steps(), SimpleNamespace(should_stop=True, max_epochs=-1, callbacks=[])
+    other.on_train_epoch_end(trainer, None)
+    assert not trainer.should_stop and other.run.asked_to_stop
+
+
+def test_a_part_that_a_loop_does_not_call_is_refused():
+    run = Run(Limits(), Ledger(), Bars(enabled=False))
+    with pytest.raises(UserError, match="callbacks.validation would do nothing: SupervisedLoop"):
+        SupervisedLoop(run, Data(), torch.nn.Linear(1, 1), Parts(validation=Validation()))
+
+
 def test_a_limit_ends_the_run_at_the_boundary_and_every_part_knows_it():
     loop = Steps(max_updates=2)
     trainer = SimpleNamespace(should_stop=False, max_epochs=-1, callbacks=[])
@@ -99,7 +124,9 @@ def loop_of(told: list[str], ended_by: str | None = None) -> tuple[RolloutLoop, 
     run = Run(Limits(), Ledger(), Bars(enabled=False))
     run.ended_by, run.told_to_stop = ended_by, "SIGTERM"
     trainer = SimpleNamespace(callbacks=[SimpleNamespace(on_boundary=says("own"))])
-    return RolloutLoop(run, Data(), torch.nn.Linear(1, 1), parts), trainer
+    loop = RolloutLoop(run, Data(), torch.nn.Linear(1, 1), Parts())
+    loop.parts = parts
+    return loop, trainer
 
 
 def test_a_boundary_syncs_validates_logs_saves_and_stops_in_this_order():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlzoo.algos import GRPO
 from rlzoo.data.sft import SFTDataModule
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.engines.vllm import VLLMEngine
@@ -14,7 +15,9 @@ from rlzoo.launch.configuration import RENAMED, check_overrides
 from rlzoo.launch.idle import check_idle
 from rlzoo.launch.schema import check_settings
 from rlzoo.launch.targets import MOVED, target_of
+from rlzoo.launch.training import build
 from rlzoo.report.loggers import CSVLogger
+from rlzoo.report.progress import Bars
 from tests.test_idle import SFT
 from tests.test_values import compose
 
@@ -101,3 +104,31 @@ def test_a_renamed_key_is_refused_with_the_new_one(monkeypatch):
         check_settings(compose("+algo.clip_width=0.1", "+callbacks.saver=null"))
     for old in ("algo.clip_width", "callbacks.saver"):
         assert f"{old} {RENAMED[old]}." in str(raised.value)
+
+
+class Passing(GRPO):
+    """Passes an argument on that it gives a default of its own, without an annotation."""
+
+    def __init__(self, policy, optimizer, *, group_size=4, **shared):
+        super().__init__(policy, optimizer, group_size=group_size, **shared)
+
+
+def test_an_argument_that_is_passed_on_without_annotation_has_the_bounds_of_its_base():
+    with pytest.raises(UserError, match="algo.group_size must be a whole number, at least 2"):
+        check_settings(compose("algo._target_=tests.test_targets.Passing", "algo.group_size=1"))
+    check_settings(compose("algo._target_=tests.test_targets.Passing", "algo.group_size=2"))
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (
+            ["+callbacks.saver={_target_: rlzoo.callbacks.Checkpoint, run_dir: '${run_dir}'}"],
+            "callbacks.saver would do nothing: .* under the name callbacks.checkpoint alone",
+        ),
+        (["+callbacks.sft_log._target_=rlzoo.callbacks.SFTLog"], "callbacks.sft_log would do noth"),
+    ],
+)
+def test_a_part_that_the_loop_would_not_call_is_refused(more, words):
+    with pytest.raises(UserError, match=words):
+        build(compose(*more), Bars(enabled=False))

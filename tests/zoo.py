@@ -96,8 +96,9 @@ def gradient(
     """
     algo.zero_grad()
     for batch in prepared(algo, rollouts, accumulate):
-        moved = batch.old_logprobs + drift * torch.sin(7 * batch.old_logprobs)
-        batch.old_logprobs = torch.where(batch.response_mask, moved, 0.0)
+        if "old_logprobs" in algo.read_scores:
+            moved = batch.old_logprobs + drift * torch.sin(7 * batch.old_logprobs)
+            batch.old_logprobs = torch.where(batch.response_mask, moved, 0.0)
         (algo.training_step(batch, 0) / accumulate).backward()  # as Lightning has it
     return torch.cat(
         [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in algo.parameters()]

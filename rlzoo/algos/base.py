@@ -22,11 +22,9 @@ from transformers import PreTrainedModel
 
 from rlzoo.algos.options import (
     CLIP_DEFAULTS,
-    Aggregation,
     ClipHigh,
     ClipLow,
     DualClip,
-    KLEstimator,
     OverlongBuffer,
     Temperature,
     TISCap,
@@ -36,6 +34,7 @@ from rlzoo.algos.options import (
 from rlzoo.diagnosis.causes import Evidence
 from rlzoo.diagnosis.gap import GapWatch
 from rlzoo.learning.losses import (
+    KLEstimator,
     LossOutput,
     clipped_surrogate_loss,
     kl_estimate,
@@ -43,7 +42,7 @@ from rlzoo.learning.losses import (
     truncated_importance_weights,
 )
 from rlzoo.learning.metrics import WeightedMeans
-from rlzoo.learning.microbatching import microbatch, plan_microbatches
+from rlzoo.learning.microbatching import Aggregation, microbatch, plan_microbatches
 from rlzoo.learning.optimization import UpdateWatch, check_schedule, clip_limit, clipped_norms
 from rlzoo.learning.scoring import agree_on_pieces, declared, in_pieces, score_rollouts
 from rlzoo.learning.selection import Selection, said_if_single, units_of, with_the_rest
@@ -299,8 +298,13 @@ class PolicyAlgorithm(lightning.LightningModule):
         """
         if first or self.credit_scores or self.kl_in_reward:
             return True
-        needed = "old_logprobs" in self.scores or self.tis_cap is not None
-        return needed and self.updates_per_step > 1
+        return "old_logprobs" in self.read_scores and self.updates_per_step > 1
+
+    @property
+    def read_scores(self) -> tuple[str, ...]:
+        """Names of all scores that something has declared to read."""
+        old = () if self.tis_cap is None else ("old_logprobs",)
+        return tuple(dict.fromkeys((*self.scores, *self.credit_scores, *old)))
 
     def score(
         self,
@@ -315,7 +319,7 @@ class PolicyAlgorithm(lightning.LightningModule):
         if self.credit_scores or self.kl_in_reward or (first and not indices):
             indices = list(range(len(rollouts)))  # the first step is compared whatever trains
         self.scores_old = self.must_score_old(first)
-        names = [name for name in self.scores if name != "old_logprobs"]
+        names = [name for name in self.read_scores if name != "old_logprobs"]
         names = ["old_logprobs", *names] if self.scores_old else names
         self.gap_watch.begin(rollouts)
         if not names:
@@ -397,7 +401,9 @@ class PolicyAlgorithm(lightning.LightningModule):
             seed=self.seed,
             rollout_step=rollouts.rollout_step,
         )
-        batches = [microbatch(rollouts, plan, credit, self.pad_token_id) for plan in plans]
+        read = {name: x for name, x in rollouts.scores.items() if name in self.read_scores}
+        kept = dataclasses.replace(rollouts, scores=read)  # what was not declared is not read
+        batches = [microbatch(kept, plan, credit, self.pad_token_id) for plan in plans]
         batches[-1].last = True
         self.agree_on_pieces(batches)
         return batches
@@ -439,8 +445,9 @@ class PolicyAlgorithm(lightning.LightningModule):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         scores = self.forward_scores(batch)
         if not self.scores_old:
-            batch = batch.replaced(old_logprobs=scores["logprobs"].detach())
-            self.watch_training_pass(batch)
+            as_old = batch.replaced(old_logprobs=scores["logprobs"].detach())
+            self.watch_training_pass(as_old)
+            batch = as_old if "old_logprobs" in self.read_scores else batch
         loss = self.total_loss(scores, batch)
         self.means.update(loss.metrics, batch.weights.sum())
         self.divisor = batch.divisor

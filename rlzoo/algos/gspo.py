@@ -12,7 +12,7 @@ class GSPO(GRPO):
 
     Trains on every rollout, credits each with its reward standardised within its group, and
     minimises the surrogate clipped on the geometric mean of the response's token ratios. The paper
-    averages responses (`aggregation=seq_mean_token_mean`) and has no dual clip; so has gspo.yaml.
+    averages responses (`aggregation=seq_mean_token_mean`) and has no dual clip: so does gspo.yaml.
     """
 
     has_dual_clip = False

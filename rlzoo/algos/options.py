@@ -13,8 +13,6 @@ from rlzoo.values import Positive, Says, ShareBelow1
 
 log = logging.getLogger(__name__)
 
-Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length"]
-KLEstimator = Literal["k1", "k2", "k3"]
 Singleton = Literal["zero", "reward"]  # the advantage of a group of one
 ClipLow = Annotated[  # below 1, since 1 - clip_low has to stay positive
     Annotated[float, Gt(0), Lt(1)] | None, Says("The ratio is clipped at 1 - it; PPO uses 0.2")

@@ -25,6 +25,8 @@ class SFT(PolicyAlgorithm):
         max_tokens_per_microbatch: a larger microbatch is computed in checkpointed pieces.
     """
 
+    scores, has_ratio = (), False
+
     def __init__(
         self,
         policy: PolicyFactory,

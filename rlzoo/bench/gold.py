@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlzoo.data.prompts import FilePrompts
+from rlzoo.errors import check_at_least
 from rlzoo.rewards.base import Verdict
 from rlzoo.rewards.math import symbolic_verdict
 from rlzoo.rewards.verifier import VerifierPool
@@ -108,6 +109,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the mismatched pairs")
     parser.add_argument("--workers", type=int, default=2, help="verifier processes")
     options = parser.parse_args(argv)
+    check_at_least("--workers", options.workers, 1)
 
     answers = gold_answers(options.data)
     own = [Pair(file, gold, gold) for file, golds in answers.items() for gold in golds]

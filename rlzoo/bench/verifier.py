@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
+from rlzoo.errors import check_at_least
 from rlzoo.rewards.base import Verdict
 from rlzoo.rewards.verifier import VerifierPool
 
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    check_at_least("--workers", args.workers, 1)
     rng = random.Random(args.seed)
     mix = [integer, number, integer, symbolic]
     with VerifierPool(num_workers=args.workers) as pool:

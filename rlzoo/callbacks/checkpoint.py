@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from rlzoo.callbacks.state import Cursor, Run
-from rlzoo.errors import UserError, check_at_least
+from rlzoo.errors import UserError
 from rlzoo.models.checkpoints import FORMAT, SAVED, UNFINISHED, saved_by
 from rlzoo.ranks.exchange import all_gather
 from rlzoo.report.columns import AVG
@@ -28,9 +28,8 @@ class Checkpoint(Callback):
     """Saves at boundaries, to `checkpoints/step_N.ckpt`; `last.ckpt` and `best.ckpt` point there.
 
     A checkpoint is whole or absent: it is written aside and renamed, and older ones are removed
-    after that. Under DDP it is a file, under
-    DeepSpeed and FSDP a folder with a part for each rank. It holds how many rows each logger had
-    written, and a resume cuts their files back to that.
+    after that. Under DDP it is a file, under DeepSpeed and FSDP a folder with a part for each rank.
+    It holds how many rows each logger had written, and a resume cuts their files back to that.
 
     Args:
         run_dir: where `checkpoints/` is.
@@ -51,8 +50,6 @@ class Checkpoint(Callback):
         keep_best: AtLeast0 = 1,
         asynchronous: bool = False,
     ) -> None:
-        check_at_least("callbacks.checkpoint.every", every, 1)
-        check_at_least("callbacks.checkpoint.keep_best", keep_best, 0)
         self.folder, self.every, self.monitor = Path(run_dir) / "checkpoints", every, monitor
         self.keep_best = keep_best if monitor is not None else 0
         self.validated = False  # whether the first validation gave the monitor

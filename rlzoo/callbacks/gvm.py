@@ -8,7 +8,6 @@ from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.callbacks.replan import Replan
 from rlzoo.callbacks.state import Run
 from rlzoo.data.datamodule import RolloutDataModule
-from rlzoo.errors import UserError
 from rlzoo.learning.microbatching import of_like_length
 from rlzoo.learning.selection import correct
 from rlzoo.models.gather import gathered_in_place, through
@@ -44,8 +43,6 @@ class GVM(Replan):
         self, run_dir: PathText, pilots: AtLeast1 = 8, max_tokens: AtLeast1 = 16384
     ) -> None:
         super().__init__(run_dir)
-        if pilots < 1:
-            raise UserError(f"sampler.callback.pilots must be at least 1, got {pilots}.")
         self.pilots, self.max_tokens = pilots, max_tokens
 
     def observe(

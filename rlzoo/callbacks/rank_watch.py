@@ -8,14 +8,16 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Annotated
 
 import torch.distributed as dist
+from annotated_types import Ge
 from lightning import Callback, LightningModule, Trainer
 from torch._C._distributed_c10d import TCPStore
 
 from rlzoo.callbacks.preemption import Preempted
 from rlzoo.engines import isolation
-from rlzoo.errors import UserError, check_at_least
+from rlzoo.errors import UserError
 from rlzoo.ranks.exchange import all_gather, exchange_timeout, world
 from rlzoo.ranks.whereabouts import HERE
 from rlzoo.values import Positive
@@ -46,12 +48,11 @@ class RankWatch(Callback):
     shortly before the exchange would time out, that is the run's last word.
 
     Args:
-        patience: seconds without a sign after which a rank counts as dead.
+        patience: seconds without a sign after which a rank counts as dead, at least 5.
         stall: seconds in which no rank moves on after which it is said where each one is.
     """
 
-    def __init__(self, patience: float = 30.0, stall: Positive = 120.0) -> None:
-        check_at_least("callbacks.rank_watch.patience", patience, 5)
+    def __init__(self, patience: Annotated[float, Ge(5)] = 30.0, stall: Positive = 120.0) -> None:
         if not stall > 0:
             raise UserError(f"callbacks.rank_watch.stall must be above 0 s, got {stall}.")
         self.patience, self.stall = patience, stall

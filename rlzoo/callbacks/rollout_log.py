@@ -14,7 +14,6 @@ from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.callbacks.state import Run
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.data.rollout_files import write_rollouts
-from rlzoo.errors import UserError
 from rlzoo.learning.advantages import group_stats
 from rlzoo.ranks.exchange import world
 from rlzoo.report.loggers import CSVLogger
@@ -35,10 +34,6 @@ class RolloutLog(Callback):
     """
 
     def __init__(self, run_dir: PathText, rollouts_every: AtLeast0 = 1) -> None:
-        if rollouts_every < 0:
-            raise UserError(
-                f"callbacks.rollout_log.rollouts_every must be at least 0, got {rollouts_every}."
-            )
         self.run_dir, self.rollouts_every = Path(run_dir), rollouts_every
         self.ledger_csv = CSVLogger(run_dir, "ledger.csv")
         self.spent: dict[str, float] = {"other": 0.0}  # seconds by phase up to the last row

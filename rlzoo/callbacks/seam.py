@@ -60,6 +60,12 @@ class Parts:
                     f" {type(part).__name__}. Give a callback of your own another name."
                 )
 
+    @classmethod
+    def name_of(cls, callback: Callback) -> str | None:
+        """The name under which alone the loop would call a callback of this kind."""
+        kinds = {name: get_args(kind)[0] for name, kind in get_type_hints(cls).items()}
+        return next((name for name, kind in kinds.items() if isinstance(callback, kind)), None)
+
     @property
     def present(self) -> list[Callback]:
         found = [getattr(self, field.name) for field in fields(self)]
@@ -95,9 +101,13 @@ class Seam(Callback, Generic[Data, Algo]):
         algo: what learns.
         parts: see Parts.
         begun: called once nothing of what was asked for has been refused.
+
+    Raises:
+        UserError: a part that this loop does not call.
     """
 
     state_key = "Loop"
+    turns: tuple[str, ...]  # the parts that it calls, by name
 
     def __init__(
         self,
@@ -107,6 +117,12 @@ class Seam(Callback, Generic[Data, Algo]):
         parts: Parts,
         begun: Callable[[], None] = lambda: None,
     ) -> None:
+        for field in fields(parts):
+            if getattr(parts, field.name) is not None and field.name not in self.turns:
+                raise UserError(
+                    f"callbacks.{field.name} would do nothing: {type(self).__name__} has no turn"
+                    " for it. Leave it out."
+                )
         self.run, self.data, self.algo, self.parts, self.begun = run, data, algo, parts, begun
         self._training = ExitStack()  # phase and bar of training, while it lasts
         self._advance: Callable[[int], None] | None = None
@@ -139,14 +155,23 @@ class Seam(Callback, Generic[Data, Algo]):
     ) -> None:
         if self._advance is not None:
             self._advance(1)
-        if trainer.should_stop:
-            trainer.should_stop, self.run.asked_to_stop = False, True
+        self.postpone_stop(trainer)
         if batch.last:
             self.end_training()
             refuse_broken_update(self.algo, self.run.ledger.updates)
             self.run.settle_end(self.data, trainer.max_epochs)
             self.boundary(trainer)
+            self.postpone_stop(trainer)
             trainer.should_stop = self.run.ended_by is not None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.run.ended_by is None:
+            self.postpone_stop(trainer)
+
+    def postpone_stop(self, trainer: Trainer) -> None:
+        """Makes the next boundary the end, if something has asked for one."""
+        if trainer.should_stop:
+            trainer.should_stop, self.run.asked_to_stop = False, True
 
     def call_others(self, trainer: Trainer) -> None:
         """Calls `on_boundary(run, algo)` of every callback of one's own that has it; what it adds

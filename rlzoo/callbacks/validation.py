@@ -4,7 +4,6 @@ from lightning import Callback
 
 from rlzoo.callbacks.state import Run
 from rlzoo.data.datamodule import RolloutDataModule
-from rlzoo.errors import UserError
 from rlzoo.learning.metrics import PassMetrics
 from rlzoo.values import AtLeast0
 
@@ -20,8 +19,6 @@ class Validation(Callback):
     """
 
     def __init__(self, every: AtLeast0 = 5) -> None:
-        if every < 0:
-            raise UserError(f"val_every must be at least 0, got {every}.")
         self.every = every
 
     def due(self, rollout_step: int, ended: bool) -> bool:

@@ -13,7 +13,6 @@ from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.diagnosis.causes import on_probe
 from rlzoo.diagnosis.probe import probe, setting_of
 from rlzoo.engines.base import Engine, weights_checksum
-from rlzoo.errors import check_choice
 from rlzoo.ranks.exchange import all_gather
 from rlzoo.values import Positive
 
@@ -43,7 +42,6 @@ class WeightSync(Callback):
         check: Literal["first", "always", "never"] = "first",
         probe_tolerance: Positive | None = None,
     ) -> None:
-        check_choice("callbacks.weight_sync.check", check, ("first", "always", "never"))
         self.check, self.probe_tolerance = check, probe_tolerance
         self.syncs = 0  # in this process
 

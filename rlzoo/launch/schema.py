@@ -304,7 +304,10 @@ def arguments_of_class(target: type) -> Signature:
         if "__init__" not in vars(base) or base is object:
             continue
         own = arguments_of(vars(base)["__init__"])
-        found = {name: kind for name, kind in own.arguments.items() if name != "self"} | found
+        here = {name: kind for name, kind in own.arguments.items() if name != "self"}
+        # What a subclass passes on without an annotation has its base's.
+        said = {name: k for name, k in found.items() if k is not Any or name not in here}
+        found = here | said
         if not own.open:
             return Signature(found, outside)
         outside = outside or not base.__module__.startswith("rlzoo.")

@@ -291,6 +291,12 @@ def build_callbacks(
     }
     own = [field.name for field in dataclasses.fields(Parts)]
     parts = Parts(**{name: built.pop(name) for name in own if name in built})
+    for name, callback in built.items():
+        if (part := Parts.name_of(callback)) is not None:
+            raise UserError(
+                f"callbacks.{name} would do nothing: the loop calls a {type(callback).__name__}"
+                f" under the name callbacks.{part} alone. Give its settings there."
+            )
     return parts, list(built.values())
 
 

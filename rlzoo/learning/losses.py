@@ -5,14 +5,15 @@ Only the caller knows the divisor of the optimizer step, over all its microbatch
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 MAX_LOG_RATIO = 20.0  # nats; beyond it exp would overflow in time, and says nothing more
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KLEstimator = Literal["k1", "k2", "k3"]
+KL_ESTIMATORS = get_args(KLEstimator)
 
 
 class LossOutput(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from rlzoo.rng import derive_seed
 from rlzoo.types import Credit, RolloutBatch, Rollouts, collate
 
-AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length")
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length"]
+AGGREGATIONS = get_args(Aggregation)
 
 
 class TokenWeights(NamedTuple):
