@@ -69,6 +69,17 @@ def test_when_another_rank_is_killed_the_first_ends_and_names_it(tmp_path):
     assert re.search(rf"rlzoo: rank 1 \(.*, process {victim.pid}\) is gone\.", said)
 
 
+@pytest.mark.slow
+def test_when_the_rank_that_it_launched_is_killed_the_first_ends_and_names_it(tmp_path):
+    """Lightning looks at it, too, every five seconds, and would end without a word."""
+    process = start(tmp_path / "killed", *TWO_RANKS)
+    wait_for(tmp_path / "killed" / "rollouts" / "step_000000.parquet", process)
+    victim = launched_by(process)
+    victim.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=BAR) == 70
+    assert re.search(rf"rank 1 \(.*, process {victim.pid}\) is gone\.", process.said.read_text())
+
+
 def launched_by(process: Program) -> psutil.Process:
     """Rank 1, which Lightning started from rank 0."""
     (child,) = [
