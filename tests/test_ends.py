@@ -157,11 +157,21 @@ class StopsAtOnce(Callback):
         trainer.should_stop = True
 
 
+class StopsWithTheEpoch(Callback):
+    """Sets `should_stop` where many callbacks do, after the last boundary of an epoch."""
+
+    def on_train_epoch_end(self, trainer, *args):
+        trainer.should_stop = True
+
+
 def test_an_end_of_lightnings_closes_the_run(tmp_path):
-    """`should_stop` inside a step waits for its boundary; without checkpoints the end stays."""
+    """`should_stop` inside a step waits for its boundary, after one for the next; without
+    checkpoints the end stays."""
+    own = "+callbacks.own._target_=tests.test_ends."
     for name, stopped_by, options in (
         ("epochs", "trainer.max_epochs=1", ["trainer.max_epochs=1", "callbacks.checkpoint=null"]),
-        ("asked", "trainer.should_stop", ["+callbacks.own._target_=tests.test_ends.StopsAtOnce"]),
+        ("later", "trainer.should_stop", [f"{own}StopsWithTheEpoch"]),
+        ("asked", "trainer.should_stop", [f"{own}StopsAtOnce"]),
     ):
         run_dir = tmp_path / name
         output = warm.passed(run_dir, *options, "limits.max_responses=1000")
