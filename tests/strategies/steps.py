@@ -232,6 +232,13 @@ def main(folder: Path) -> None:
 def talked(rank: int, world_size: int, folder: Path) -> list[dict[str, object]]:
     """What ranks exchange and over what, in two process groups that pass for nccl's."""
     own_backend, found = dist.get_backend, []
+    gather, used = dist.all_gather_object, []
+    kept: object = None  # the groups of the life before, which may be there when the next begins
+
+    def gathered_over(items: list[object], item: object, group: dist.ProcessGroup) -> None:
+        used.append(group)
+        gather(items, item, group=group)
+
     for life in range(2):
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -242,7 +249,11 @@ def talked(rank: int, world_size: int, folder: Path) -> list[dict[str, object]]:
             world_size=world_size,
             timeout=timedelta(seconds=77),
         )
-        with mock.patch.object(dist, "get_backend", lambda *group: "nccl"):
+        used.clear()
+        with (
+            mock.patch.object(dist, "get_backend", lambda *group: "nccl"),
+            mock.patch.object(dist, "all_gather_object", gathered_over),
+        ):
             heard = [distributed.all_gather((life, rank, "x" * 9999 * rank)) for _ in range(2)]
             group, again = distributed.talking_group(), distributed.talking_group()
         timeout = group._get_backend(torch.device("cpu")).options._timeout
@@ -250,10 +261,14 @@ def talked(rank: int, world_size: int, folder: Path) -> list[dict[str, object]]:
             {
                 "heard": [[item[:2] for item in items] for items in heard],
                 "apart": group is not dist.group.WORLD and group is again,
+                "over": all(one is group for one in used),
                 "backend": own_backend(group),
                 "seconds": timeout.total_seconds(),
             }
         )
+        kept = dist.group.WORLD, group
+    del kept
+    used.clear()
     return found
 
 

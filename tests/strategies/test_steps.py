@@ -110,4 +110,4 @@ def test_objects_travel_over_one_gloo_group_beside_nccl_in_every_life_of_a_proce
     for rank in range(2):
         for life, found in enumerate(torch.load(folder / f"talked_{rank}.pt")):
             assert found.pop("heard") == 2 * [[(life, 0), (life, 1)]]
-            assert found == {"apart": True, "backend": "gloo", "seconds": 77.0}
+            assert found == {"apart": True, "over": True, "backend": "gloo", "seconds": 77.0}
