@@ -72,7 +72,7 @@ class Rollouts:
     rounds: int = 1  # draws that they took
     replayed: bool = False  # read from a file, not drawn by this run
     weights: Tensor | None = None  # [N] float32, what each counts for in the loss; None is 1
-    selected: Tensor | None = None  # [N] bool, which train; known to `compute_advantages` alone
+    selected: Tensor | None = None  # [N] bool, which train, once `training_units` has asked
     scores: dict[str, list[Tensor]] = field(default_factory=dict)  # name -> N x [L] float32, of
     # the trainer's models: old_logprobs, ref_logprobs, values, or an algorithm's own; a name that
     # nothing computed is absent, a rollout that was not scored has an empty tensor

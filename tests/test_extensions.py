@@ -90,6 +90,23 @@ def test_a_score_that_is_read_and_was_not_declared_is_an_error_at_any_step(first
         algo.training_step(batch, 0)
 
 
+class Lottery(GRPO):
+    """Trains on rollouts that it draws by lot, others each time it is asked."""
+
+    asked = 0
+
+    def select(self, rollouts):
+        self.asked += 1
+        return torch.arange(len(rollouts)) % 2 == self.asked % 2
+
+
+def test_selection_is_asked_for_once_and_credit_knows_the_same_rollouts():
+    algo, rollouts = stranger(Lottery, 1), recorded_rollouts((3, 4))
+    algo.rejected = "drop"
+    microbatches_of(rollouts, algo)
+    assert algo.asked == 1 and rollouts.selected.nonzero()[:, 0].tolist() == [1, 3, 5]
+
+
 def test_what_credit_reads_is_scored_without_being_declared_twice():
     algo, rollouts = stranger(ByEntropy, 2), recorded_rollouts((3, 4))
     rollouts.rollout_step = 1

@@ -278,16 +278,18 @@ class PolicyAlgorithm(lightning.LightningModule):
 
     # --- from rollouts to microbatches ------------------------------------------------------
 
-    def selected_units(self, rollouts: Rollouts) -> list[list[int]]:
-        """What `select` says, less truncated rollouts if they are filtered."""
-        truncated = rollouts.truncated if self.overlong_filter else None
-        return units_of(self.select(rollouts), truncated)
-
     def training_units(self, rollouts: Rollouts) -> list[list[int]]:
-        """The rollouts of a step that are trained on, those that belong together in one list."""
+        """The rollouts of a step that are trained on, those that belong together in one list.
+
+        Asks `select` once, and leaves its answer, less truncated rollouts if they are filtered, in
+        `rollouts.selected`.
+        """
         if self.smallest_group > 1 and not self.told_of_singles:
             self.told_of_singles = said_if_single(rollouts, type(self).__name__)
-        units = self.selected_units(rollouts)
+        truncated = rollouts.truncated if self.overlong_filter else None
+        units = units_of(self.select(rollouts), truncated)
+        rollouts.selected = torch.zeros(len(rollouts), dtype=torch.bool)
+        rollouts.selected[[i for unit in units for i in unit]] = True
         return with_the_rest(units, len(rollouts)) if self.rejected == "zero" else units
 
     def must_score_old(self, first: bool) -> bool:
@@ -340,16 +342,15 @@ class PolicyAlgorithm(lightning.LightningModule):
                 self.gap_watch.check(self)
 
     def credit(self, rollouts: Rollouts) -> Credit:
-        """What the rollouts are worth; nothing where they are rejected and stay."""
-        selected = torch.zeros(len(rollouts), dtype=torch.bool)
-        selected[[i for unit in self.selected_units(rollouts) for i in unit]] = True
-        rewards = self.shape_rewards(rollouts)
-        shaped = dataclasses.replace(rollouts, rewards=rewards, selected=selected)
+        """What the rollouts are worth; nothing where they are rejected and stay. `training_units`
+        comes first."""
+        assert rollouts.selected is not None, "nobody has asked which rollouts train"
+        shaped = dataclasses.replace(rollouts, rewards=self.shape_rewards(rollouts))
         credit = self.compute_advantages(shaped)
         if not isinstance(credit, Credit):
             credit = Credit(credit)
         if self.rejected == "zero":
-            pairs = zip(credit.advantages, selected, strict=True)
+            pairs = zip(credit.advantages, rollouts.selected, strict=True)
             credit = credit._replace(advantages=[a if keep else 0 * a for a, keep in pairs])
         return credit
 

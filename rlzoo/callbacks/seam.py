@@ -52,8 +52,8 @@ class Parts:
 
     def __post_init__(self) -> None:
         """Raises a UserError for a callback of another kind under the name of a part."""
-        for name, kind in get_type_hints(Parts).items():
-            part, wanted = getattr(self, name), get_args(kind)[0]
+        for name, wanted in self.kinds().items():
+            part = getattr(self, name)
             if part is not None and not isinstance(part, wanted):
                 raise UserError(
                     f"callbacks.{name} must be a rlzoo.callbacks.{wanted.__name__}, got"
@@ -61,10 +61,15 @@ class Parts:
                 )
 
     @classmethod
+    def kinds(cls) -> dict[str, type[Callback]]:
+        """The class of each part, by its name."""
+        return {name: get_args(kind)[0] for name, kind in get_type_hints(cls).items()}
+
+    @classmethod
     def name_of(cls, callback: Callback) -> str | None:
         """The name under which alone the loop would call a callback of this kind."""
-        kinds = {name: get_args(kind)[0] for name, kind in get_type_hints(cls).items()}
-        return next((name for name, kind in kinds.items() if isinstance(callback, kind)), None)
+        kinds = cls.kinds().items()
+        return next((name for name, kind in kinds if isinstance(callback, kind)), None)
 
     @property
     def present(self) -> list[Callback]:

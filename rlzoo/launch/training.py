@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import logging
 import os
 import warnings
@@ -289,8 +288,7 @@ def build_callbacks(
         for name, node in cfg.callbacks.items()
         if node
     }
-    own = [field.name for field in dataclasses.fields(Parts)]
-    parts = Parts(**{name: built.pop(name) for name in own if name in built})
+    parts = Parts(**{name: built.pop(name) for name in Parts.kinds() if name in built})
     for name, callback in built.items():
         if (part := Parts.name_of(callback)) is not None:
             raise UserError(
