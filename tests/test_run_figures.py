@@ -94,7 +94,7 @@ def test_a_monitor_that_is_no_column_is_refused(tmp_path):
 class SleepyEngine:
     """Takes 20 ms a call, whatever is asked of it."""
 
-    def generate(self, requests, params, version, advance):
+    def generate(self, requests, params, version, on_response=None):
         time.sleep(0.02)
         one = Response(torch.tensor([5, 6]), torch.zeros(2), False, 0)
         return [[one for _ in request.seeds] for request in requests]

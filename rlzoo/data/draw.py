@@ -82,7 +82,7 @@ class Drawer:
         bar = self.bars.phase("sampling", sum(len(r.seeds) for r in requests), "responses")
         began = time.perf_counter()
         with self.ledger.phase(f"sampling/{stream}"), bar as advance:
-            drawn = self.engine.generate(requests, self.params, version, advance)
+            drawn = self.engine.generate(requests, self.params, version, lambda *_: advance(1))
         seconds = time.perf_counter() - began
         with self.ledger.phase(f"verifying/{stream}"):
             scored = self._score([prompts[piece.prompt] for piece in mine], drawn)

@@ -29,6 +29,9 @@ class Response(NamedTuple):
     near_ties: int  # tokens whose uniform lay within 1e-5 of a step of the CDF
 
 
+OnResponse = Callable[[int, int, Response], None]  # (index of request, of response in it, response)
+
+
 class SamplingParams(NamedTuple):
     temperature: float = 1.0  # 0 is greedy
     max_response_tokens: int = 128
@@ -52,9 +55,14 @@ class Engine(Protocol):
         requests: Sequence[Request],
         params: SamplingParams,
         expected_version: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_response: OnResponse | None = None,
     ) -> list[list[Response]]:
-        """One list of responses per request, in order; `on_progress(n)`: n more are finished."""
+        """One list of responses per request, in order.
+
+        Args:
+            on_response: called once for each response, as it finishes and in any order, in the
+                thread that called `generate`: what it does holds up the engine.
+        """
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None: ...
 
@@ -74,6 +82,29 @@ class Engine(Protocol):
         """Starts what has to be started; called before every `load_weights`."""
 
     def close(self) -> None: ...
+
+
+class Responses:
+    """The responses of a draw, put in order as they finish.
+
+    Args:
+        requests: what was asked for.
+        on_response: see `Engine.generate`.
+    """
+
+    def __init__(self, requests: Sequence[Request], on_response: OnResponse | None) -> None:
+        self.found: list[dict[int, Response]] = [{} for _ in requests]
+        self.sizes = [len(request.seeds) for request in requests]
+        self.on_response = on_response or (lambda request, index, response: None)
+
+    def add(self, request: int, index: int, response: Response) -> None:
+        self.found[request][index] = response
+        self.on_response(request, index, response)
+
+    def groups(self) -> list[list[Response]]:
+        """What `generate` returns; a KeyError if a response is missing."""
+        pairs = zip(self.found, self.sizes, strict=True)
+        return [[group[index] for index in range(size)] for group, size in pairs]
 
 
 def weights_checksum(

@@ -71,13 +71,14 @@ class Replicas:
         path: str,
         jobs: Sequence[dict[str, Any]],
         concurrency: int,
-        on_progress: Callable[[int], None],
+        on_answer: Callable[[int, dict[str, Any]], None],
     ) -> list[dict[str, Any]]:
         """Every job's answer, in order, each answered exactly once, by whoever is free.
 
         Args:
             path: that jobs are posted to.
             concurrency: jobs that a replica has at once.
+            on_answer: called with a job's index and its answer, in the calling thread.
 
         Raises:
             RuntimeError: no replica is left, or one refuses a job.
@@ -94,7 +95,7 @@ class Replicas:
                     waiting.appendleft(job)
                     self.give_up(address, error)
                 else:
-                    on_progress(1)
+                    on_answer(job, answers[job])
 
         async def spread() -> None:
             async with self.session() as session:

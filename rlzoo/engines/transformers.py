@@ -8,14 +8,22 @@ inverse CDF; so a response does not depend on who it was batched with, but where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlzoo.engines.base import Request, Response, SamplingParams, check_version, weights_checksum
+from rlzoo.engines.base import (
+    OnResponse,
+    Request,
+    Response,
+    Responses,
+    SamplingParams,
+    check_version,
+    weights_checksum,
+)
 from rlzoo.engines.decoding import choose_decoder
 from rlzoo.engines.shapes import checked_weights
 from rlzoo.models.checks import check_placed
@@ -101,29 +109,26 @@ class TransformersEngine:
         requests: Sequence[Request],
         params: SamplingParams,
         expected_version: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_response: OnResponse | None = None,
     ) -> list[list[Response]]:
         check_version(self, expected_version)
-        found: list[list[Response]] = [[] for _ in requests]
-        pairs = [(index, seed) for index, r in enumerate(requests) for seed in r.seeds]
-        for start in range(0, len(pairs), self.max_rows):
-            wave = pairs[start : start + self.max_rows]
-            rows = self._decode(requests, wave, params, on_progress or (lambda n: None))
-            for index, request in enumerate(rows.request.tolist()):
-                found[request].append(_response(rows, index, self.stop_ids))
-        return found
+        responses = Responses(requests, on_response)
+        places = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
+        for start in range(0, len(places), self.max_rows):
+            self._decode(requests, places[start : start + self.max_rows], params, responses)
+        return responses.groups()
 
     def _decode(
         self,
         requests: Sequence[Request],
         wave: list[tuple[int, int]],
         params: SamplingParams,
-        on_progress: Callable[[int], None],
-    ) -> Rows:
-        """Decodes (request, seed) pairs together: each prompt is prefilled once, and rows leave as
-        they finish."""
+        responses: Responses,
+    ) -> None:
+        """Decodes (request, response) pairs together: each prompt is prefilled once, and rows leave
+        as they finish."""
         limit, (num, device) = params.max_response_tokens, (len(wave), self.device)
-        noise = np.stack([uniforms(seed, limit) for _, seed in wave])
+        noise = np.stack([uniforms(requests[i].seeds[k], limit) for i, k in wave])
         rows = Rows(
             request=np.array([request for request, _ in wave]),
             noise=torch.from_numpy(noise).to(device),
@@ -146,7 +151,9 @@ class TransformersEngine:
             rows.near_ties[alive] += tie & going
             ended = going & (torch.isin(token, self.stop_ids) | (step == limit - 1))
             rows.lengths[alive[ended]] = step + 1
-            on_progress(int(ended.sum()))
+            for row in alive[ended].tolist():
+                request, index = wave[int(row)]
+                responses.add(request, index, _response(rows, row, self.stop_ids))
             going &= ~ended
             if not going.any():
                 break
@@ -155,7 +162,6 @@ class TransformersEngine:
                 decoder.take_rows(kept)
                 alive, token = alive[kept], token[kept]
             logits = decoder.step(token)
-        return rows
 
 
 def draw(logits: Tensor, noise: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,10 +7,9 @@ starts, at the first weight sync: by then Lightning has set up its processes.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -19,7 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlzoo.engines.base import Request, Response, SamplingParams, check_version
+from rlzoo.engines.base import (
+    OnResponse,
+    Request,
+    Response,
+    Responses,
+    SamplingParams,
+    check_version,
+)
 from rlzoo.engines.isolation import isolated
 from rlzoo.engines.shapes import checked_weights, expected_shapes
 from rlzoo.engines.vllm_options import check_joined, check_options
@@ -267,26 +273,29 @@ class VLLMEngine(VLLMBase):
         requests: Sequence[Request],
         params: SamplingParams,
         expected_version: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_response: OnResponse | None = None,
     ) -> list[list[Response]]:
         check_version(self, expected_version)
         import vllm
 
         requests, mine = together(requests, self.tensor_parallel)
         shared = self.sampling(params) | {"flat_logprobs": True, "detokenize": False}
-        flat = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": list(requests[index].token_ids)} for index, _ in flat],
-            [vllm.SamplingParams(**shared, seed=seed) for _, seed in flat],
-            use_tqdm=progress_bar(on_progress) if on_progress else False,
+        places = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
+        ids = self._llm.enqueue(
+            [{"prompt_token_ids": list(requests[i].token_ids)} for i, _ in places],
+            [vllm.SamplingParams(**shared, seed=requests[i].seeds[k]) for i, k in places],
+            use_tqdm=False,
         )
-        found: list[list[Response]] = [[] for _ in requests]
-        for (index, _), output in zip(flat, outputs, strict=True):
-            done = output.outputs[0]
-            found[index].append(
-                response(done.finish_reason, done.token_ids, done.logprobs.logprobs)
-            )
-        return found[mine]
+        # vLLM appends random letters to the number that its outputs have.
+        place_of = {id_.partition("-")[0]: p for id_, p in zip(ids, places, strict=True)}
+        responses = Responses(requests[mine], on_response)
+        while self._llm.llm_engine.has_unfinished_requests():
+            for output in self._llm.llm_engine.step():
+                (done,), (i, k) = output.outputs, place_of[output.request_id]
+                if mine.start <= i < mine.stop:
+                    made = response(done.finish_reason, done.token_ids, done.logprobs.logprobs)
+                    responses.add(i - mine.start, k, made)
+        return responses.groups()
 
 
 def together(requests: Sequence[Request], size: int) -> tuple[list[Request], slice]:
@@ -295,7 +304,7 @@ def together(requests: Sequence[Request], size: int) -> tuple[list[Request], sli
     Such ranks, `size` consecutive ones, must ask vLLM for the same. Collective if size > 1.
     """
     if size == 1:
-        return list(requests), slice(None)
+        return list(requests), slice(0, len(requests))
     rank = world()[0]
     first = rank - rank % size
     parts = all_gather(list(requests))[first : first + size]
@@ -365,18 +374,3 @@ def announce_ranks() -> None:
     }
     for name, value in facts.items():
         os.environ.setdefault(name, str(value))
-
-
-def progress_bar(on_progress: Callable[[int], None]) -> Callable[..., Any]:
-    """What vLLM takes for a tqdm, which tells `on_progress` how many more are finished."""
-    from tqdm import tqdm
-
-    class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options | {"file": io.StringIO()})
-
-        def update(self, n: float = 1) -> None:
-            super().update(n)
-            on_progress(int(n))
-
-    return Bar

@@ -21,7 +21,14 @@ from pydantic import StringConstraints
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlzoo.engines.base import Request, Response, SamplingParams, check_version
+from rlzoo.engines.base import (
+    OnResponse,
+    Request,
+    Response,
+    Responses,
+    SamplingParams,
+    check_version,
+)
 from rlzoo.engines.http import Replicas, key_from
 from rlzoo.engines.private_folder import PrivateFolder
 from rlzoo.engines.shapes import checked_weights
@@ -259,7 +266,7 @@ class VLLMServerEngine(VLLMBase):
         sampling = {"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
         jobs = [{"token_ids": list(s), "sampling_params": sampling} for s in sequences]
         found = []
-        for answer, sequence in zip(self._answers(jobs, None), sequences, strict=True):
+        for answer, sequence in zip(self._answers(jobs), sequences, strict=True):
             after = zip(answer["prompt_logprobs"][1:], sequence[1:], strict=True)
             found.append(torch.tensor([probs[str(token)]["logprob"] for probs, token in after]))
         return found
@@ -271,22 +278,30 @@ class VLLMServerEngine(VLLMBase):
         requests: Sequence[Request],
         params: SamplingParams,
         expected_version: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_response: OnResponse | None = None,
     ) -> list[list[Response]]:
         check_version(self, expected_version)
-        flat = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
+        places = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
         shared = self.sampling(params)
         prompts = [list(request.token_ids) for request in requests]
-        jobs = [{"token_ids": prompts[i], "sampling_params": shared | {"seed": s}} for i, s in flat]
-        found: list[list[Response]] = [[] for _ in requests]
-        for (index, _), answer in zip(flat, self._answers(jobs, on_progress), strict=True):
+        jobs = [
+            {"token_ids": prompts[i], "sampling_params": shared | {"seed": requests[i].seeds[k]}}
+            for i, k in places
+        ]
+        responses = Responses(requests, on_response)
+
+        def answered(job: int, answer: dict[str, Any]) -> None:
             choice = answer["choices"][0]
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-            found[index].append(response(choice["finish_reason"], choice["token_ids"], logprobs))
-        return found
+            made = response(choice["finish_reason"], choice["token_ids"], logprobs)
+            responses.add(*places[job], made)
+
+        self._answers(jobs, answered)
+        return responses.groups()
 
     def _answers(
-        self, jobs: list[dict[str, Any]], on_progress: Callable[[int], None] | None
+        self,
+        jobs: list[dict[str, Any]],
+        on_answer: Callable[[int, dict[str, Any]], None] = lambda job, answer: None,
     ) -> list[dict[str, Any]]:
-        told = on_progress or (lambda n: None)
-        return self.replicas.answers("/inference/v1/generate", jobs, self.concurrency, told)
+        return self.replicas.answers("/inference/v1/generate", jobs, self.concurrency, on_answer)

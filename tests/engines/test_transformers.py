@@ -51,6 +51,14 @@ def test_log_probs_are_the_trainers():
     assert gap < 1e-5
 
 
+def test_every_response_is_told_once_as_it_is_returned():
+    told = {}
+    note = lambda i, k, response: told.update({(i, k): response})  # noqa: E731
+    drawn = make_engine(max_rows=3).generate(requests(3, 0, 5, 2), PARAMS, 5, note)
+    assert len(told) == 10 and list(told) != sorted(told)  # as they finish
+    assert all(told[i, k] is r for i, group in enumerate(drawn) for k, r in enumerate(group))
+
+
 def test_a_response_is_the_same_alone_and_among_many():
     alone = [make_engine().generate([r], PARAMS, 5)[0] for r in requests(4, 4, 4, 4)]
     together = make_engine().generate(requests(4, 4, 4, 4), PARAMS, 5)

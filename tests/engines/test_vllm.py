@@ -143,10 +143,13 @@ def test_greedy_decoding_gives_the_same_tokens_as_transformers(engine):
         assert theirs.near_ties or ours.token_ids.tolist() == theirs.token_ids.tolist()
 
 
-def test_progress_counts_every_response_once(engine):
-    finished = []
-    engine.generate(requests(3, 2, 0, 4), PARAMS, 5, finished.append)
-    assert sum(finished) == 9
+def test_every_response_is_told_once_as_it_is_returned(engine):
+    told = {}
+    drawn = engine.generate(
+        requests(3, 2, 0, 4), PARAMS, 5, lambda i, k, r: told.update({(i, k): r})
+    )
+    assert len(told) == 9 and list(told) != sorted(told)  # as they finish
+    assert all(told[i, k] is r for i, group in enumerate(drawn) for k, r in enumerate(group))
 
 
 def test_weights_of_another_version_are_refused(engine):

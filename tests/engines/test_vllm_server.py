@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlzoo.engines.base import Request, SamplingParams
+from rlzoo.engines.base import Request, Response, SamplingParams
 from rlzoo.engines.vllm_server import VLLMServerEngine, serve_command
 from rlzoo.engines.weight_transfer import FanOut, Replica, choose_transfer
 from rlzoo.errors import UserError
@@ -166,22 +166,23 @@ def test_two_replicas_share_a_draw_hold_new_weights_and_lose_nothing_when_one_di
             assert (scores - expected).abs().max() < 1e-4
         for parameter in policy.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
-    wanted, finished = requests(12, 4), []
-    drawn = engine.generate(wanted, PARAMS, 1, finished.append)
-    assert [len(group) for group in drawn] == [4] * 12 and sum(finished) == 48
+    wanted, told = requests(12, 4), {}
+    drawn = engine.generate(wanted, PARAMS, 1, lambda i, k, r: told.update({(i, k): r}))
+    assert [len(group) for group in drawn] == [4] * 12 and len(told) == 48
+    assert all(told[i, k] is r for i, group in enumerate(drawn) for k, r in enumerate(group))
     before = [[response.token_ids.tolist() for response in group] for group in drawn]
 
     victim = list(replicas)[0]
     engine.concurrency = 4
     seen = []
 
-    def kill_in_the_middle(n: int) -> None:
-        seen.append(n)
+    def kill_in_the_middle(request: int, index: int, _: Response) -> None:
+        seen.append((request, index))
         if len(seen) == 10:
             kill(replicas[victim])
 
     again = engine.generate(wanted, PARAMS, 1, kill_in_the_middle)
-    assert [len(group) for group in again] == [4] * 12 and sum(seen) == 48  # each once
+    assert [len(group) for group in again] == [4] * 12 and len(seen) == len(set(seen)) == 48
     flat = [r.token_ids.tolist() for group in again for r in group]
     kept = sum(a == b for a, b in zip(flat, sum(before, []), strict=True))
     assert kept >= 40  # seeds are the responses' own; other batches may move a last bit
