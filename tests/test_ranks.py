@@ -162,9 +162,9 @@ def test_a_port_that_another_program_listens_on_is_named(tmp_path):
     assert f"The port {port}" in output and "Set MASTER_PORT to a free one" in output
 
 
-def test_gpus_that_do_not_exist_are_counted(tmp_path):
-    output = refused("trainer=gpu", "trainer.devices=99", cwd=tmp_path)
-    assert "trainer.devices=99 GPUs were asked for" in output and "trainer=cpu" in output
+def test_where_there_are_no_gpus_it_is_said_why(tmp_path):
+    output = refused("trainer=gpu", cwd=tmp_path)
+    assert "trainer.accelerator=gpu cannot be" in output and "trainer=cpu" in output
 
 
 def test_a_sweep_of_runs_with_several_local_processes_is_refused(tmp_path):

@@ -46,6 +46,17 @@ def isolated(log_file: Path, keep: str) -> Iterator[None]:
 
 
 @contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Within it, torch computes with so many threads on the CPU; None leaves their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def redirected(log_file: Path) -> Iterator[None]:
     """Sends what is written to the process's standard output and error to a file.
 

@@ -25,10 +25,11 @@ from rlzoo.engines.base import (
     Responses,
     SamplingParams,
     check_version,
+    log,
 )
-from rlzoo.engines.isolation import isolated
+from rlzoo.engines.isolation import isolated, torch_threads
 from rlzoo.engines.shapes import checked_weights, expected_shapes
-from rlzoo.engines.vllm_options import check_joined, check_options
+from rlzoo.engines.vllm_options import check_heads, check_joined, check_options
 from rlzoo.errors import UserError
 from rlzoo.models.limits import TokenLimits, check_length, longest_sequence
 from rlzoo.models.loading import load_config, model_directory
@@ -107,7 +108,8 @@ class VLLMEngine(VLLMBase):
         model, shared: see `VLLMBase`.
 
     Raises:
-        UserError: processes that tensor_parallel does not divide, or options that rlzoo sets.
+        UserError: processes or heads that tensor_parallel does not divide, or options that rlzoo
+            sets.
     """
 
     def __init__(
@@ -130,6 +132,8 @@ class VLLMEngine(VLLMBase):
             check_joined(tensor_parallel, processes, "processes of each machine (trainer.devices)")
         check_options(options or {})
         super().__init__(*model, **shared)
+        text = self.config.get_text_config()
+        check_heads(getattr(text, "num_attention_heads", None), tensor_parallel)
         self.cuda = torch.cuda.is_available()
         self.dtype: str = dtype if dtype != "auto" else "bfloat16" if self.cuda else "float32"
         self.kv_cache_gb, self.gpu_memory_share = kv_cache_gb, gpu_memory_share
@@ -142,6 +146,7 @@ class VLLMEngine(VLLMBase):
         self.architectures = self.config.architectures or []
         self._llm: Any = None  # vllm.LLM, once started
         self._shares_ranks = False  # whether it uses the trainer's process group
+        self._threads: int | None = None  # of torch, which vLLM serves with; CUDA
 
     # --- life -------------------------------------------------------------------------------
 
@@ -150,6 +155,20 @@ class VLLMEngine(VLLMBase):
         if self._llm is None:
             with isolated(self.log_file, keep="VLLM_"):
                 self._llm = self._start()
+                if self.cuda:
+                    # One: more would spin beside its loop, and what it compiled is guarded by
+                    # their number (vLLM 0.32.0).
+                    self._threads = torch.get_num_threads()
+            log.info(self.room())
+
+    def room(self) -> str:
+        """How many tokens the engine's cache holds, for the log."""
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        tokens, longest = cache.kv_cache_size_tokens or 0, self.max_model_len
+        least = ""
+        if self._shares_ranks and dist.get_world_size() > 1:
+            least = ", as many as fit where the least of all ranks' memory is free"
+        return f"vLLM's cache holds {tokens:,} tokens, {tokens // longest:,} of the longest{least}"
 
     def unsupported(self) -> str | None:
         """Why vLLM cannot run this model, or None; only its architecture is looked at."""
@@ -259,7 +278,8 @@ class VLLMEngine(VLLMBase):
 
         params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        with torch_threads(self._threads):
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
         scores = []
         for output, sequence in zip(outputs, sequences, strict=True):
             after = zip(output.prompt_logprobs[1:], sequence[1:], strict=True)
@@ -289,12 +309,13 @@ class VLLMEngine(VLLMBase):
         # vLLM appends random letters to the number that its outputs have.
         place_of = {id_.partition("-")[0]: p for id_, p in zip(ids, places, strict=True)}
         responses = Responses(requests[mine], on_response)
-        while self._llm.llm_engine.has_unfinished_requests():
-            for output in self._llm.llm_engine.step():
-                (done,), (i, k) = output.outputs, place_of[output.request_id]
-                if mine.start <= i < mine.stop:
-                    made = response(done.finish_reason, done.token_ids, done.logprobs.logprobs)
-                    responses.add(i - mine.start, k, made)
+        with torch_threads(self._threads):
+            while self._llm.llm_engine.has_unfinished_requests():
+                for output in self._llm.llm_engine.step():
+                    (done,), (i, k) = output.outputs, place_of[output.request_id]
+                    if mine.start <= i < mine.stop:
+                        made = response(done.finish_reason, done.token_ids, done.logprobs.logprobs)
+                        responses.add(i - mine.start, k, made)
         return responses.groups()
 
 

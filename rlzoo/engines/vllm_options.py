@@ -58,11 +58,24 @@ def check_options(options: Mapping[str, Any]) -> None:
             )
 
 
+def check_heads(heads: int | None, size: int) -> None:
+    """Raises a UserError if an engine of `size` processes cannot share out a model's heads."""
+    if heads is not None and heads % size:
+        raise UserError(
+            f"engine.tensor_parallel={size} must divide the {heads} attention heads of the model,"
+            " which vLLM shares out over the processes of an engine. Take one of"
+            f" {divisors(heads)}."
+        )
+
+
 def check_joined(size: int, processes: int, of: str) -> None:
     """Raises a UserError if engines of `size` processes each do not share all processes out."""
     if processes % size:
         raise UserError(
             f"engine.tensor_parallel={size} joins consecutive processes to one engine, and must"
-            f" divide the {processes} {of}. Take one of"
-            f" {', '.join(str(n) for n in range(1, processes + 1) if processes % n == 0)}."
+            f" divide the {processes} {of}. Take one of {divisors(processes)}."
         )
+
+
+def divisors(count: int) -> str:
+    return ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)

@@ -111,13 +111,20 @@ def check_processes(trainer: DictConfig, sweep: bool) -> None:
         sweep: whether this process runs the jobs of a sweep, one after the other.
 
     Raises:
-        UserError: devices that do not exist, a world of another size than the launcher's, a port
+        UserError: devices that do not exist or that torch cannot use, a world of another size than the launcher's, a port
             in use, or a sweep whose jobs would each start the whole sweep again.
     """
     import torch
 
+    from rlzoo.launch.devices import why_no_cuda
+
     devices, size = trainer.devices, trainer.devices * trainer.num_nodes
-    if trainer.accelerator in ("gpu", "cuda") and torch.cuda.device_count() < devices:
+    gpus = trainer.accelerator in ("gpu", "cuda")
+    if gpus and (reason := why_no_cuda()) is not None:
+        raise UserError(
+            f"trainer.accelerator={trainer.accelerator} cannot be: {reason} Or take trainer=cpu."
+        )
+    if gpus and torch.cuda.device_count() < devices:
         raise UserError(
             f"trainer.devices={devices} GPUs were asked for, but this process sees"
             f" {torch.cuda.device_count()}. Lower trainer.devices, or take trainer=cpu. (Under"
