@@ -111,8 +111,9 @@ def check_processes(trainer: DictConfig, sweep: bool) -> None:
         sweep: whether this process runs the jobs of a sweep, one after the other.
 
     Raises:
-        UserError: devices that do not exist or that torch cannot use, a world of another size than the launcher's, a port
-            in use, or a sweep whose jobs would each start the whole sweep again.
+        UserError: devices that do not exist or that torch cannot use, a world of another size than
+            the launcher's, a port in use, or a sweep whose jobs would each start the whole sweep
+            again.
     """
     import torch
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlzoo.callbacks.rank_watch import say
-from rlzoo.engines.isolation import isolated
+from rlzoo.engines.isolation import isolated, torch_threads
 
 
 def test_the_rank_watch_speaks_to_the_terminal_while_an_engine_starts(tmp_path, capfd, monkeypatch):
@@ -38,3 +38,13 @@ def test_the_precision_of_matrix_products_is_put_back(precision, tmp_path):
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_torch_has_other_threads_only_while_it_is_asked_to():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), torch_threads(before + 2):
+        assert torch.get_num_threads() == before + 2
+        raise KeyError
+    assert torch.get_num_threads() == before
+    with torch_threads(None):
+        assert torch.get_num_threads() == before

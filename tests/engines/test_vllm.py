@@ -1,6 +1,11 @@
-"""The real vLLM, in this process: one engine of a tied policy for all of these tests."""
+"""The real vLLM, in this process: one engine of a tied policy for all of these tests.
+
+On a machine with CUDA it is the engine that runs there: in bfloat16, with CUDA graphs, under vLLM's
+second model runner.
+"""
 
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +29,11 @@ pytestmark = pytest.mark.vllm
 PARAMS = SamplingParams(temperature=0.9, max_response_tokens=24)
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (3, 4)]
 EOS = 0
+CUDA = torch.cuda.is_available()
+GAP = (
+    0.3  # nats, mean: rounding of bfloat16 on the policy of these tests; stale weights are far over
+)
+on_a_cpu = pytest.mark.skipif(CUDA, reason="of vLLM's CPU kernels, or equal to the bit there alone")
 
 
 def make_policy(seed: int = 0) -> Qwen2ForCausalLM:
@@ -103,6 +113,11 @@ def gaps(policy: Qwen2ForCausalLM, engine: VLLMEngine, version: int) -> torch.Te
     return (scores - batch.sampler_logprobs)[batch.response_mask].abs().detach()
 
 
+def agree(found: torch.Tensor) -> bool:
+    """Whether gaps are those of rounding, in the dtype that the engine has on this machine."""
+    return float(found.mean()) < GAP if CUDA else float(found.max()) < 1e-4
+
+
 def test_starting_leaves_the_process_as_it_was(started, process_before):
     assert torch.get_num_threads() == process_before["threads"]
     assert torch.set_num_threads is process_before["set_num_threads"]
@@ -110,6 +125,28 @@ def test_starting_leaves_the_process_as_it_was(started, process_before):
         assert os.sched_getaffinity(int(task)) == process_before["cores"]
     now = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM", "PYTEST"))}
     assert now == process_before["variables"]
+
+
+def test_the_model_runner_is_that_of_the_device(started):
+    assert started._llm.llm_engine.vllm_config.use_v2_model_runner == CUDA
+
+
+def test_it_serves_with_the_threads_that_it_was_compiled_with(engine, monkeypatch):
+    core, before, seen = engine._llm.llm_engine, torch.get_num_threads(), set()
+    step = core.step
+    monkeypatch.setattr(core, "step", lambda: [seen.add(torch.get_num_threads()), step()][1])
+    monkeypatch.setattr(engine, "_threads", before + 2)
+    engine.generate(requests(1, 2), PARAMS, 5)
+    engine.score([[3, 4, 5]])
+    assert seen == {before + 2} and torch.get_num_threads() == before
+
+
+def test_the_log_says_how_much_the_cache_holds(started):
+    words = r"vLLM's cache holds ([\d,]+) tokens, ([\d,]+) of the longest"
+    tokens, longest = (
+        int(n.replace(",", "")) for n in re.fullmatch(words, started.room()).groups()
+    )
+    assert tokens > 1000 and longest == tokens // 64
 
 
 def test_banners_go_to_the_log_file(started):
@@ -120,7 +157,7 @@ def test_log_probs_are_the_trainers_after_every_sync(engine):
     for version in range(6, 12):
         policy = make_policy(version)
         engine.load_weights(policy.named_parameters(), version)
-        assert gaps(policy, engine, version).max() < 1e-4
+        assert agree(gaps(policy, engine, version))
 
 
 def test_a_response_has_its_own_seed_and_ends_with_its_end_token(engine):
@@ -134,6 +171,7 @@ def test_a_response_has_its_own_seed_and_ends_with_its_end_token(engine):
     assert all(len(r.token_ids) == len(r.logprobs) for r in first)
 
 
+@on_a_cpu
 def test_greedy_decoding_gives_the_same_tokens_as_transformers(engine):
     other = TransformersEngine(make_policy, [EOS], 1, device="cpu")
     other.load_weights(make_policy(3).named_parameters(), 5)
@@ -166,6 +204,7 @@ def module_of(policy: Qwen2ForCausalLM) -> SimpleNamespace:
     )
 
 
+@on_a_cpu
 def test_the_check_after_a_sync_passes_and_notices_a_stale_head(engine, monkeypatch):
     sync, run = WeightSync("always"), SimpleNamespace(engine=engine, ledger=Ledger())
     tokenizer = SimpleNamespace(bos_token_id=None)
@@ -189,7 +228,7 @@ def test_weights_of_another_model_are_named(started, spoil, words):
         started.load_weights(spoil(list(make_policy().named_parameters())), 9)
     policy = make_policy(4)  # and a good sync mends it
     started.load_weights(policy.named_parameters(), 10)
-    assert gaps(policy, started, 10).max() < 1e-4
+    assert agree(gaps(policy, started, 10))
 
 
 def test_sequences_longer_than_the_model_are_refused_before_the_start(folder):

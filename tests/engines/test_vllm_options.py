@@ -62,3 +62,12 @@ def test_the_command_line_says_the_same(tmp_path):
     assert "engine.options.quantization" in told
     told = warm.refused(tmp_path / "two", "engine=vllm", "engine.tensor_parallel=2")
     assert "engine.tensor_parallel=2" in told and "trainer.devices" in told
+
+
+@pytest.mark.parametrize("size, fits", [(1, True), (4, True), (3, False), (8, False)])
+def test_engines_share_out_the_heads_of_the_model(size, fits):
+    if fits:  # the tiny policy has four
+        make(tensor_parallel=size, processes=size)
+    else:
+        with pytest.raises(UserError, match=f"engine.tensor_parallel={size} .*4 attention heads"):
+            make(tensor_parallel=size, processes=size)
