@@ -19,6 +19,7 @@ OTHER = {  # another valid value of each key; where the default is one of two, t
     "aggregation": "seq_mean_token_sum",
     "kl_coef": 0.3,
     "entropy_coef": 0.1,
+    "old_logprobs": "engine",
     "tis_cap": 1.1,
     "overlong_buffer": 0.5,
     "overlong_penalty": 0.5,

@@ -37,6 +37,7 @@ from rlzoo.learning.losses import (
     KLEstimator,
     LossOutput,
     clipped_surrogate_loss,
+    engine_as_old,
     kl_estimate,
     kl_to_reference,
     truncated_importance_weights,
@@ -105,6 +106,7 @@ class PolicyAlgorithm(lightning.LightningModule):
         kl_estimator: KLEstimator = "k3",
         kl_in: Literal["loss", "reward"] = "loss",
         entropy_coef: NonNegative = 0.0,
+        old_logprobs: Literal["trainer", "engine"] = "trainer",
         tis_cap: TISCap = None,
         overlong_buffer: OverlongBuffer = 0.0,
         overlong_penalty: NonNegative = 1.0,
@@ -126,7 +128,8 @@ class PolicyAlgorithm(lightning.LightningModule):
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.kl_coef, self.kl_estimator, self.kl_in = kl_coef, kl_estimator, kl_in
         self.entropy_coef, self.entropy_gradient = entropy_coef, entropy_coef > 0
-        self.tis_cap, self.overlong_filter = tis_cap, overlong_filter
+        self.old_logprobs, self.tis_cap = old_logprobs, tis_cap
+        self.overlong_filter = overlong_filter
         self.overlong_buffer, self.overlong_penalty = overlong_buffer, overlong_penalty
         self.temperature, self.max_response_tokens = temperature, max_response_tokens
         self.max_tokens_per_microbatch, self.pad_token_id = max_tokens_per_microbatch, pad_token_id
@@ -168,7 +171,12 @@ class PolicyAlgorithm(lightning.LightningModule):
 
     def idle_on_policy(self) -> dict[str, str]:
         """The same for what one update per rollout step makes idle, as a sweep may; said only."""
-        if self.updates_per_step > 1 or not self.has_ratio:
+        if self.updates_per_step > 1:
+            return {}
+        if "old_logprobs" not in self.scores:
+            why = "with one update per rollout step the trainer's old log-probs are its own too"
+            return {"algo.old_logprobs": why}
+        if not self.has_ratio or self.old_logprobs == "engine":
             return {}
         why = "with one update per rollout step (algo.updates=1, algo.passes=1) the ratio is 1"
         return {f"algo.{key}": why for key in CLIP_DEFAULTS}
@@ -296,9 +304,12 @@ class PolicyAlgorithm(lightning.LightningModule):
         """Whether the weights that sampled score a rollout step before it is trained on.
 
         With one update per rollout step the ratio is 1 by construction, so old log-probs are taken
-        from the training pass; the first rollout step always scores, to compare with the engine.
+        from the training pass; with `old_logprobs=engine` nobody reads them. The first rollout step
+        always scores, to compare with the engine.
         """
-        if first or self.credit_scores or self.kl_in_reward:
+        if first or self.old_logprobs == "engine":
+            return first
+        if self.credit_scores or self.kl_in_reward:
             return True
         return "old_logprobs" in self.read_scores and self.updates_per_step > 1
 
@@ -344,6 +355,9 @@ class PolicyAlgorithm(lightning.LightningModule):
     def credit(self, rollouts: Rollouts) -> Credit:
         """What the rollouts are worth; nothing where they are rejected and stay. `training_units`
         comes first."""
+        if self.old_logprobs == "engine":
+            scores = rollouts.scores | {"old_logprobs": rollouts.sampler_logprobs}
+            rollouts = dataclasses.replace(rollouts, scores=scores)
         assert rollouts.selected is not None, "nobody has asked which rollouts train"
         shaped = dataclasses.replace(rollouts, rewards=self.shape_rewards(rollouts))
         credit = self.compute_advantages(shaped)
@@ -464,11 +478,7 @@ class PolicyAlgorithm(lightning.LightningModule):
     def total_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput:
         """The policy's loss with what is added to it: KL, entropy, the critic's loss."""
         logprobs, weights = scores["logprobs"], batch.weights
-        if self.tis_cap is not None:
-            tis = truncated_importance_weights(
-                batch.old_logprobs, batch.sampler_logprobs, batch.response_mask, self.tis_cap
-            )
-            batch = batch.replaced(advantages=batch.advantages * tis)
+        batch = self.weighed(batch, logprobs.detach())
         loss_sum, metrics = self.policy_loss(logprobs, batch)
         metrics = dict(metrics)
         if self.kl_coef > 0:
@@ -484,6 +494,23 @@ class PolicyAlgorithm(lightning.LightningModule):
             loss_sum, metrics = loss_sum + auxiliary.loss_sum, metrics | auxiliary.metrics
         metrics["loss"] = loss_sum.detach()
         return LossOutput(loss_sum, metrics)
+
+    def weighed(self, batch: RolloutBatch, logprobs: Tensor) -> RolloutBatch:
+        """The microbatch as its loss reads it: old log-probs by `old_logprobs`, advantages times
+        the weights of `tis_cap` (docs/formulas.md 4.4).
+
+        Args:
+            logprobs: [B, T] of the policy being trained, no gradient.
+        """
+        sampler, mask, cap = batch.sampler_logprobs, batch.response_mask, self.tis_cap
+        by_engine = self.old_logprobs == "engine"
+        if by_engine and "old_logprobs" in self.scores:
+            return batch.replaced(old_logprobs=engine_as_old(logprobs, sampler, mask, cap))
+        if cap is None:
+            return batch
+        old = logprobs if by_engine else batch.old_logprobs
+        weights = truncated_importance_weights(old, sampler, mask, cap)
+        return batch.replaced(advantages=batch.advantages * weights)
 
     def loss_scale(self, batch: RolloutBatch) -> float:
         """Factor that makes the step's gradient one weighted mean over all its tokens.

@@ -35,6 +35,7 @@ Options = Mapping[str, Any]  # an algorithm's attributes, by the names that they
 class Declared(Protocol):
     """What an algorithm says of itself, see `PolicyAlgorithm`."""
 
+    scores: tuple[str, ...]
     has_ratio: bool
     has_dual_clip: bool
     uses_reward_values: bool
@@ -83,6 +84,12 @@ def check_acting(algo: Declared, options: Options) -> None:
         why = f"{name} asks of rewards only which rollouts are right"
         check("reward_scale", "zero_one", why)
     if not algo.uses_advantages:
+        if options["old_logprobs"] != "trainer":
+            raise UserError(
+                f"algo.old_logprobs={options['old_logprobs']}: {name} has no ratio that could be"
+                " taken to the engine; over a whole response the engine's rounding would add up"
+                " in its margins. Set algo.old_logprobs=trainer."
+            )
         check("tis_cap", None, f"the loss of {name} has no advantages that it could weigh")
     if options["overlong_buffer"] == 0:
         check("overlong_penalty", 1.0, "algo.overlong_buffer=0 leaves the penalty out")
@@ -100,7 +107,25 @@ def idle_keys(algo: Declared, options: Options) -> dict[str, str]:
         idle["algo.max_response_tokens"] = why
     if algo.scale_free and not algo.shapes_rewards:
         idle["algo.reward_scale"] = "advantages are standardised, whatever the rewards' scale"
+    if options["old_logprobs"] == "engine":
+        idle |= idle_beside_the_engine(algo, options)
     if algo.has_ratio and not algo.blames:
         why = "no advantage is below 0, where alone it acts"
         idle |= {"algo.clip_low": why, "algo.dual_clip": why}
+    return idle
+
+
+def idle_beside_the_engine(algo: Declared, options: Options) -> dict[str, str]:
+    """Keys that cannot act where the ratio is taken to the engine."""
+    cap, idle = options["tis_cap"], {}
+    if cap is None:
+        kl_in_reward = options["kl_coef"] > 0 and options["kl_in"] == "reward"
+        if "old_logprobs" not in algo.scores and not kl_in_reward:
+            idle["algo.old_logprobs"] = "its loss has no ratio, and algo.tis_cap is null"
+        return idle
+    why = f"algo.tis_cap={cap} bounds the ratio below it"
+    if "old_logprobs" in algo.scores and cap <= 1 + (options["clip_high"] or 0.0):
+        idle["algo.clip_high"] = why
+    if cap <= (options["dual_clip"] or 0.0):
+        idle["algo.dual_clip"] = why
     return idle

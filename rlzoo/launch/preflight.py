@@ -24,6 +24,7 @@ def check_parts(algo: Any, data: Any, limits: Limits) -> None:
     if hasattr(data, "allocator"):
         check_groups(algo, data)
         check_temperature(algo, data)
+        check_old_logprobs(algo, data)
 
 
 def check_groups(algo: Any, data: Any) -> None:
@@ -47,6 +48,18 @@ def check_groups(algo: Any, data: Any) -> None:
         raise UserError(
             f"algo.group_size={size} would do nothing: no prompt gets more than {most} responses,"
             " so no group is cut. Lower it, or set it to null."
+        )
+
+
+def check_old_logprobs(algo: Any, data: Any) -> None:
+    """Whether the engine's log-probs are of the distribution that the trainer's are of."""
+    top_p, top_k = data.params.top_p, data.params.top_k
+    if algo.old_logprobs == "engine" and (top_p < 1 or top_k):
+        raise UserError(
+            f"algo.old_logprobs=engine with datamodule.top_p={top_p} and top_k={top_k}: the"
+            " engine's log-probs are those of the truncated distribution, the trainer's of the"
+            " whole one, so that their ratio is of two things. Set algo.old_logprobs=trainer, or"
+            " datamodule.top_p=1 and top_k=0."
         )
 
 

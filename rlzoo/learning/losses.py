@@ -5,6 +5,7 @@ Only the caller knows the divisor of the optimizer step, over all its microbatch
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -187,6 +188,25 @@ def truncated_importance_weights(
     """
     log_ratio = torch.where(mask, old_logprobs - sampler_logprobs, 0.0).detach()
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
+
+
+def engine_as_old(
+    logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float | None
+) -> Tensor:
+    """[B, T] old log-probs of a loss whose ratio is taken to the engine; no gradient.
+
+    That is the engine's log-prob, or logprobs - log(cap) where it is less: the ratio is then
+    min(pi_theta / pi_sampler, cap), with the gradient of log pi_theta where it is truncated.
+
+    Args:
+        logprobs, sampler_logprobs: [B, T] nats, of the policy being trained and of the engine.
+        mask: [B, T] bool, response tokens.
+        cap: largest ratio, at least 1; None does not truncate.
+    """
+    if cap is None:
+        return sampler_logprobs
+    floor = logprobs.detach() - math.log(cap)
+    return torch.where(mask, torch.maximum(sampler_logprobs, floor), sampler_logprobs)
 
 
 def dpo_loss(
