@@ -11,7 +11,7 @@ import torch
 
 from rlzoo.data import draw
 from rlzoo.data.draw import Drawer
-from rlzoo.engines.base import Response, SamplingParams
+from rlzoo.engines.base import Response, Responses, SamplingParams
 from rlzoo.models.policy import load_tokenizer
 from rlzoo.report.ledger import Ledger
 from rlzoo.report.progress import Bars
@@ -96,8 +96,11 @@ class SleepyEngine:
 
     def generate(self, requests, params, version, on_response=None):
         time.sleep(0.02)
-        one = Response(torch.tensor([5, 6]), torch.zeros(2), False, 0)
-        return [[one for _ in request.seeds] for request in requests]
+        responses = Responses(requests, on_response)
+        for index, request in enumerate(requests):
+            for k in range(len(request.seeds)):
+                responses.add(index, k, Response(torch.tensor([5, 6]), torch.zeros(2), False, 0))
+        return responses.groups()
 
 
 def test_tokens_a_second_are_by_the_slowest_rank_over_all_rounds(monkeypatch):
@@ -109,7 +112,9 @@ def test_tokens_a_second_are_by_the_slowest_rank_over_all_rounds(monkeypatch):
     alone = drawer.draw(prompts, [2, 1], "train", 0)
     assert 0.02 <= alone.sampling_seconds < 1
     assert ledger.phases["sampling/train"] == pytest.approx(alone.sampling_seconds, abs=0.01)
-    monkeypatch.setattr(draw, "all_gather", lambda mine: [mine, ([], 7.0, [])])  # of a slower rank
+    monkeypatch.setattr(
+        draw, "all_gather", lambda mine: [mine, mine._replace(pieces=[], seconds=7.0)]
+    )  # of a slower rank
     beside = drawer.draw(prompts, [2, 1], "train", 1)
     assert beside.sampling_seconds == 7
     assert draw.concatenate([alone, beside]).sampling_seconds == alone.sampling_seconds + 7

@@ -6,14 +6,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlzoo.data.datamodule import RolloutDataModule
-from rlzoo.data.shares import share_out
+from rlzoo.data.shares import Piece, share_out
 from rlzoo.engines.base import Engine, Request, Response, SamplingParams
 from rlzoo.errors import UserError
 from rlzoo.ranks.exchange import all_gather, world
@@ -21,8 +22,11 @@ from rlzoo.report.ledger import Ledger
 from rlzoo.report.progress import Bars
 from rlzoo.rewards.base import Reward, Scores, Verdict
 from rlzoo.rewards.calling import RewardCaller
+from rlzoo.rewards.feeding import Feeder
 from rlzoo.rng import STREAMS, response_seed
 from rlzoo.types import Prompt, Rollouts
+
+NO_IDS = torch.zeros(0, dtype=torch.long)
 
 
 class Drawer:
@@ -62,8 +66,9 @@ class Drawer:
     ) -> Rollouts:
         """`budgets[i]` scored responses of `prompts[i]`; prompts of budget 0 are left out.
 
-        Seconds are booked by stream: "sampling", "verifying", and "gathering", which is waiting
-        for the other ranks and putting together what all drew.
+        The reward has each response as it finishes (`rlzoo.rewards.feeding`). Seconds are booked by
+        stream: "sampling"; "verifying", which is waiting for the reward when all are drawn; and
+        "gathering", which is waiting for the other ranks and putting together what all drew.
 
         Collective: every rank draws and scores its share of the responses, balanced by expected
         tokens (`rlzoo.data.shares`), and returns the rollouts of all.
@@ -78,22 +83,22 @@ class Drawer:
             key = (self.seed, stream, rollout_step, round_, prompts[i].id)
             seeds = tuple(response_seed(*key, index) for index in range(start, stop))
             requests.append(Request(prompts[i].token_ids, seeds))
+        wanted = [prompts[i] for i, start, stop in mine for _ in range(start, stop)]
         version = self.ledger.updates
-        bar = self.bars.phase("sampling", sum(len(r.seeds) for r in requests), "responses")
-        began = time.perf_counter()
-        with self.ledger.phase(f"sampling/{stream}"), bar as advance:
-            drawn = self.engine.generate(requests, self.params, version, lambda *_: advance(1))
-        seconds = time.perf_counter() - began
-        with self.ledger.phase(f"verifying/{stream}"):
-            scored = self._score([prompts[piece.prompt] for piece in mine], drawn)
+        with Feeder(self.reward, self._text, wanted, self._golds()) as feeder:
+            began = time.perf_counter()
+            with self.ledger.phase(f"sampling/{stream}"):
+                drawn = self._sample(requests, version, feeder)
+            seconds = time.perf_counter() - began
+            with self.ledger.phase(f"verifying/{stream}"):
+                with self.bars.phase("verifying", len(wanted), "responses") as advance:
+                    scores = feeder.scores(advance)
         with self.ledger.phase(f"gathering/{stream}"):
-            pieces = list(zip(mine, scored, strict=True))
-            parts = all_gather((pieces, seconds, self.reward.unparsed_golds))
-            pairs = sorted((pair for part, *_ in parts for pair in part), key=lambda pair: pair[0])
-            rollouts = assemble(prompts, budgets, [s for _, s in pairs], version, rollout_step)
+            share = Share.of(mine, drawn, scores, feeder.unparsed_golds, seconds)
+            shares = all_gather(share)
+            rollouts = assemble(prompts, budgets, shares, version, rollout_step)
         check_finite(rollouts, stream, self.engine)
-        rollouts.sampling_seconds = max(seconds for _, seconds, _ in parts)  # the slowest rank's
-        self._tell_unverifiable(rollouts, [i for *_, unparsed in parts for i in unparsed])
+        self._tell_unverifiable(rollouts, [i for each in shares for i in each.unparsed_golds])
         self.ledger.drew(stream, rollouts.lengths.tolist())
         return rollouts
 
@@ -140,55 +145,104 @@ class Drawer:
             return float(self.params.max_response_tokens)
         return total["tokens"] / total["responses"]
 
-    def _score(
-        self, prompts: list[Prompt], drawn: list[list[Response]]
-    ) -> list[tuple[list[Response], Scores]]:
-        """Each piece's responses with their scores; `prompts[i]` is the prompt of `drawn[i]`."""
-        if world()[0] == 0:
-            self.reward.check_golds(self.golds_to_try)
-        self.golds_to_try = []
-        flat = [(p, r) for p, group in zip(prompts, drawn, strict=True) for r in group]
-        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-        texts = [str(decode(response.token_ids)) for _, response in flat]
-        bar = self.bars.phase("verifying", len(flat), "responses")
-        with bar as advance:
-            scores = self.reward(
-                [prompt for prompt, _ in flat],
-                texts,
-                [response.truncated for _, response in flat],
-                on_progress=increments(advance),
-            )
-        sizes = [len(group) for group in drawn]
-        parts = zip(drawn, scores.rewards.split(sizes), scores.verdicts.split(sizes), strict=True)
-        return [(group, Scores(rewards, verdicts)) for group, rewards, verdicts in parts]
+    def _text(self, token_ids: Tensor) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _golds(self) -> list[Prompt]:
+        """The prompts whose gold answers are tried, on one rank and at the first draw."""
+        golds, self.golds_to_try = self.golds_to_try, []
+        return golds if world()[0] == 0 else []
+
+    def _sample(
+        self, requests: list[Request], version: int, feeder: Feeder
+    ) -> list[list[Response]]:
+        sizes = [len(request.seeds) for request in requests]
+        starts = list(itertools.accumulate(sizes, initial=0))
+        with self.bars.phase("sampling", starts[-1], "responses") as advance:
+
+            def finished(request: int, index: int, response: Response) -> None:
+                feeder.add(starts[request] + index, response.token_ids, response.truncated)
+                advance(1)
+
+            return self.engine.generate(requests, self.params, version, finished)
+
+
+class Share(NamedTuple):
+    """What a rank drew and scored, as ranks exchange it: a few tensors that hold n responses, since
+    each tensor costs 60 us to send and 70 us to receive."""
+
+    pieces: list[Piece]  # in whose order the responses are
+    lengths: Tensor  # [n] int64
+    token_ids: Tensor  # [sum of lengths] int32, one response after the other
+    logprobs: Tensor  # [sum of lengths] float32
+    truncated: Tensor  # [n] bool
+    scores: Scores
+    unparsed_golds: list[str]
+    num_near_ties: int
+    seconds: float  # of sampling
+
+    @classmethod
+    def of(
+        cls,
+        pieces: list[Piece],
+        drawn: list[list[Response]],
+        scores: Scores,
+        unparsed_golds: list[str],
+        seconds: float,
+    ) -> Share:
+        """Of the responses `drawn[i]` of each `pieces[i]`."""
+        flat = [response for group in drawn for response in group]
+        return cls(
+            pieces,
+            torch.tensor([len(r.token_ids) for r in flat], dtype=torch.long),
+            torch.cat([NO_IDS, *(r.token_ids for r in flat)]).int(),
+            torch.cat([torch.zeros(0), *(r.logprobs for r in flat)]),
+            torch.tensor([r.truncated for r in flat], dtype=torch.bool),
+            scores,
+            unparsed_golds,
+            sum(r.near_ties for r in flat),
+            seconds,
+        )
+
+    def responses(self) -> list[Tensor]:
+        """n x [L] int64 token ids."""
+        return list(self.token_ids.long().split(self.lengths.tolist()))
+
+    def response_logprobs(self) -> list[Tensor]:
+        """n x [L] float32."""
+        return list(self.logprobs.split(self.lengths.tolist()))
 
 
 def assemble(
     prompts: list[Prompt],
     budgets: list[int],
-    pieces: list[tuple[list[Response], Scores]],
+    shares: list[Share],
     policy_version: int,
     rollout_step: int,
 ) -> Rollouts:
-    """One Rollouts from the scored pieces of all ranks, which come in order of prompt and response.
+    """One Rollouts from the shares of all ranks, in order of prompt and response.
 
     Args:
         budgets: [P] responses of each prompt, > 0.
     """
-    responses = [response for piece, _ in pieces for response in piece]
-    sizes = torch.tensor(budgets, dtype=torch.long)
-    nothing = torch.zeros(0)
+    pieces = [piece for share in shares for piece in share.pieces]
+    firsts = itertools.accumulate((p.stop - p.start for p in pieces), initial=0)
+    placed = sorted(zip(pieces, firsts, strict=False))  # with the place of its first response
+    order = [first + k for piece, first in placed for k in range(piece.stop - piece.start)]
+    responses = [r for share in shares for r in share.responses()]
+    logprobs = [r for share in shares for r in share.response_logprobs()]
     return Rollouts(
         prompts=prompts,
-        group_ids=torch.arange(len(prompts)).repeat_interleave(sizes),
-        responses=[response.token_ids for response in responses],
-        sampler_logprobs=[response.logprobs for response in responses],
-        truncated=torch.tensor([response.truncated for response in responses], dtype=torch.bool),
-        rewards=torch.cat([nothing, *(scores.rewards for _, scores in pieces)]),
-        verdicts=torch.cat([nothing.to(torch.int8), *(scores.verdicts for _, scores in pieces)]),
+        group_ids=torch.arange(len(prompts)).repeat_interleave(torch.tensor(budgets).long()),
+        responses=[responses[i] for i in order],
+        sampler_logprobs=[logprobs[i] for i in order],
+        truncated=torch.cat([share.truncated for share in shares])[order],
+        rewards=torch.cat([share.scores.rewards for share in shares])[order],
+        verdicts=torch.cat([share.scores.verdicts for share in shares])[order],
         policy_version=policy_version,
         rollout_step=rollout_step,
-        num_near_ties=sum(response.near_ties for response in responses),
+        num_near_ties=sum(share.num_near_ties for share in shares),
+        sampling_seconds=max(share.seconds for share in shares),  # the slowest rank's
     )
 
 
@@ -222,15 +276,3 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
         num_unparsed_golds=sum(part.num_unparsed_golds for part in parts),
         sampling_seconds=sum(part.sampling_seconds for part in parts),
     )
-
-
-def increments(advance: Callable[[int], None]) -> Callable[[int], None]:
-    """Turns a call with the number done so far into calls with the number newly done."""
-    last = 0
-
-    def on_progress(done: int) -> None:
-        nonlocal last
-        advance(done - last)
-        last = done
-
-    return on_progress

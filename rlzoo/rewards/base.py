@@ -38,7 +38,9 @@ class Reward(Protocol):
     """Any callable like this one: a function, or an object with `__call__` (docs/extending.md).
 
     One that takes `on_progress` is given, by that name, a function to call with the number scored
-    so far. One that has `close()` has it called once, at the run's end.
+    so far. One that has `close()` has it called once, at the run's end. One that says
+    `by_response = True` scores each response by itself: it is called with a few at a time, from a
+    thread of its own, while others are still being drawn.
     `rlzoo.rewards.calling.RewardCaller` calls it so, and checks what it returns.
     """
 

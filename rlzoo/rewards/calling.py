@@ -25,6 +25,11 @@ log = logging.getLogger(__name__)
 class RewardCaller:
     """Calls a reward, and returns its answer as `Scores` whatever form it has.
 
+    Attributes:
+        by_response: whether it says that it scores each response by itself, so that it may be
+            called with some of them at a time, from another thread.
+        unparsed_golds: of the last call, ids of prompts, one a response.
+
     Raises:
         UserError: it cannot be called; when it is, it returned something else than finite numbers,
             one for each response.
@@ -42,8 +47,9 @@ class RewardCaller:
             )
         self.reward: Callable[..., Any] = reward
         self.takes_progress = takes_progress(reward)
+        self.by_response = bool(getattr(made, "by_response", False))
         self.has_told: set[str] = set()
-        self.unparsed_golds: list[str] = []  # of the last call: ids of prompts, one a response
+        self.unparsed_golds: list[str] = []
 
     def __call__(
         self,

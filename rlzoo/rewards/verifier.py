@@ -213,6 +213,8 @@ class MathReward(VerifierPool):
         shared: see `VerifierPool`.
     """
 
+    by_response = True
+
     def __init__(self, *, truncated_is_wrong: bool = False, **shared: Any) -> None:
         super().__init__(**shared)
         self.truncated_is_wrong = truncated_is_wrong
