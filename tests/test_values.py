@@ -173,7 +173,7 @@ NO_VALUES = {
     "strategy=ddp strategy.timeout=-1": "strategy.timeout must be a number, above 0, got -1",
     "strategy=deepspeed_zero2 strategy.stage=4": "strategy.stage must be one of 1, 2, 3, got 4",
     "reward.num_workers=1.5": "reward.num_workers must be a whole number",
-    "reward.num_workers=0": "reward.num_workers must be a whole number, at least 1, got 0",
+    "reward.num_workers=0": "reward.num_workers must be a whole number, at least 1, or 'auto', ",
     "reward.seconds_per_answer=0.0": "reward.seconds_per_answer must be a number, at least 0.01",
     "reward.seconds_per_answer=nan": "reward.seconds_per_answer must be a number, at least 0.01",
     "reward.memory_mb=1": "reward.memory_mb must be a whole number, at least 16, got 1",

@@ -64,6 +64,7 @@ RULES = (
     ("model.gradient_checkpointing", "free"),
     ("model.attention", "rounding"),
     ("reward.num_workers", "free"),
+    ("reward.processes", "free"),
     ("reward.seconds_per_answer", "free"),
     ("reward.memory_mb", "free"),
     ("reward.recycle_after", "free"),

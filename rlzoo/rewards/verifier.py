@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
@@ -28,6 +28,12 @@ _NO_ANSWER = r"\boxed{\text{no answer at all}}"
 _BATCH = 16  # answers sent at once; a message costs about as much as the shortest answer
 
 
+def workers_for(processes: int) -> int:
+    """Verifier workers of each of so many processes of a machine: the cores that this one may use,
+    shared between them; at least 1, at most 16."""
+    return min(16, max(1, len(os.sched_getaffinity(0)) // processes))
+
+
 class VerifierPool:
     """Verdicts on answers, by `rlzoo.rewards.math.verdict` in worker processes.
 
@@ -36,7 +42,7 @@ class VerifierPool:
     from any thread, one call at a time.
 
     Args:
-        num_workers: processes.
+        num_workers: worker processes of each rank; "auto" is `workers_for(processes)`.
         seconds_per_answer: processor seconds of each answer; one that takes longer is UNVERIFIABLE
             and costs its worker, whose other answers go to the next. On a busy machine, at most
             four times as many seconds of wall time.
@@ -46,18 +52,21 @@ class VerifierPool:
             box, that is the box's content however long the response; else the whole response.
             Longer ones, and answers to longer gold answers, are UNVERIFIABLE at no cost.
         recycle_after: answers after which a worker is replaced, since sympy's caches grow.
+        processes: of the run on each machine, which share its cores.
     """
 
     def __init__(
         self,
         *,
-        num_workers: AtLeast1 = 2,
+        num_workers: AtLeast1 | Literal["auto"] = "auto",
         seconds_per_answer: Annotated[float, Ge(0.01)] = 2.0,
         memory_mb: Annotated[int, Ge(16)] = 1024,
         max_answer_chars: AtLeast1 = 20_000,
         recycle_after: AtLeast1 = 20_000,
+        processes: AtLeast1 = 1,
     ) -> None:
-        self.num_workers, self.seconds_per_answer = num_workers, seconds_per_answer
+        self.num_workers = workers_for(processes) if num_workers == "auto" else num_workers
+        self.seconds_per_answer = seconds_per_answer
         self.memory_mb, self.max_answer_chars = memory_mb, max_answer_chars
         self.recycle_after = recycle_after
         self.unparsed_places: list[int] = []  # of the last call's golds

@@ -105,7 +105,9 @@ def test_what_a_reward_raises_stops_the_engine_and_the_thread():
     broken.by_response = True
 
     def wait() -> None:
+        deadline = time.monotonic() + PATIENCE
         while any(t.name == "rlzoo-reward" for t in threading.enumerate()):
+            assert time.monotonic() < deadline
             time.sleep(0.001)
         drawn.append(1)
 

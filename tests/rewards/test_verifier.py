@@ -288,7 +288,8 @@ def test_workers_import_no_torch():
 )
 def test_only_right_answers_earn_one(truncated_is_wrong: bool, expected: list[Verdict]):
     config = OmegaConf.load(f"{conf_dir()}/reward/math.yaml")
-    reward = instantiate(config, seconds_per_answer=LIMIT, truncated_is_wrong=truncated_is_wrong)
+    changed = {"seconds_per_answer": LIMIT, "truncated_is_wrong": truncated_is_wrong}
+    reward = instantiate(config, **changed, processes=1)
     assert isinstance(reward, MathReward)
     prompts = [Prompt(id=str(i), question="?", answer="5") for i in range(4)]
     texts = [boxed("5.0"), boxed("6"), boxed("5"), boxed(ENDLESS[0])]
@@ -298,6 +299,15 @@ def test_only_right_answers_earn_one(truncated_is_wrong: bool, expected: list[Ve
     assert scores.verdicts.tolist() == expected
     assert scores.rewards.dtype == torch.float32
     assert scores.rewards.tolist() == [float(v == RIGHT) for v in expected]
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(2, 1, 2), (128, 8, 16), (64, 8, 8), (4, 8, 1), (96, 1, 16)]
+)
+def test_workers_share_the_cores_of_the_machine(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert VerifierPool(processes=processes).num_workers == workers
+    assert VerifierPool(num_workers=3, processes=processes).num_workers == 3
 
 
 def test_no_rollouts_at_all_have_empty_scores():
