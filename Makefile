@@ -13,7 +13,7 @@ ARGS ?=
 STAMP := .venv/.installed
 PIP_INSTALL := .venv/bin/python -m pip install --no-deps
 
-.PHONY: help venv run lint test test-all lock lock-cuda oracles clean
+.PHONY: help venv run lint test test-all lock lock-cuda oracles trl clean
 
 help:
 	@echo "make run [ARGS=\"key=value ...\"]  set up .venv and run the main job"
@@ -24,6 +24,7 @@ help:
 	@echo "make lock [PIP_ARGS=...]         make requirements/cpu.txt anew from requirements/cpu.in"
 	@echo "make lock-cuda                   make requirements/cuda.txt anew, installing nothing"
 	@echo "make oracles [PIP_ARGS=...]      make the numbers of tests/oracles/data anew"
+	@echo "make trl [PIP_ARGS=...]          install TRL, which python -m rlzoo.bench loop times"
 	@echo "make clean                       remove build products and caches; .venv and outputs stay"
 
 venv: $(STAMP)
@@ -78,20 +79,24 @@ lock-cuda:
 	build/lock/bin/python requirements/lock_cuda.py
 	rm -rf build/lock
 
-# What tests/oracles compares with. Each peer has an environment of its own that sees .venv's
-# packages through a .pth file, so that it takes torch from there.
+# Peers that rlzoo is compared with. Each has an environment of its own that sees .venv's packages
+# through a .pth file, so that it takes torch from there.
 PEERS := verl trl openrlhf
 
-oracles: venv
+build/oracles/%/.installed: tests/oracles/requirements/%.txt $(STAMP)
+	rm -rf $(@D) && .venv/bin/python -m venv $(@D)
+	where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		.venv/bin/python -c "$$where" > "$$($(@D)/bin/python -c "$$where")/rlzoo_venv.pth"
+	$(@D)/bin/python -m pip install --no-deps -r $< $(PIP_ARGS)
+	@touch $@
+
+oracles: venv $(PEERS:%=build/oracles/%/.installed)
 	.venv/bin/python tests/oracles/make.py inputs
 	for peer in $(PEERS); do \
-		rm -rf build/oracles/$$peer && .venv/bin/python -m venv build/oracles/$$peer; \
-		python=build/oracles/$$peer/bin/python; \
-		where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-		.venv/bin/python -c "$$where" > "$$($$python -c "$$where")/rlzoo_venv.pth"; \
-		$$python -m pip install --no-deps -r tests/oracles/requirements/$$peer.txt $(PIP_ARGS); \
-		OMP_NUM_THREADS=1 $$python tests/oracles/make.py $$peer; \
+		OMP_NUM_THREADS=1 build/oracles/$$peer/bin/python tests/oracles/make.py $$peer; \
 	done
+
+trl: build/oracles/trl/.installed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

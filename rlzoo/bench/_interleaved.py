@@ -26,7 +26,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
-        for name in list(runs) if repeat % 2 == 0 else list(reversed(runs)):
+        for name in list(runs)[:: 1 if repeat % 2 == 0 else -1]:
             began = time.perf_counter()
             runs[name]()
             seconds[name].append(time.perf_counter() - began)
