@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.callbacks.state import Run
 from rlzoo.data.datamodule import RolloutDataModule
-from rlzoo.data.rollout_files import write_rollouts
+from rlzoo.data.rollout_files import RolloutWriter
 from rlzoo.learning.advantages import group_stats
 from rlzoo.ranks.exchange import world
 from rlzoo.report.loggers import CSVLogger
@@ -21,12 +22,18 @@ from rlzoo.rewards.base import Verdict, is_right
 from rlzoo.types import Rollouts
 from rlzoo.values import AtLeast0, PathText
 
+log = logging.getLogger(__name__)
+
 ROLLOUTS = r"rollouts/step_(\d{6,})\.parquet"  # the files that a run writes, by its steps
+PARTIAL = r"(?:\.partial)?"  # a file that was not finished
 BUDGETS = r"budgets/epoch_(\d{4,})\.parquet"  # and by its epochs
 
 
 class RolloutLog(Callback):
     """Writes what happened in a rollout step: loggers, `ledger.csv`, `rollouts/`, the step line.
+
+    A file of rollouts is written by a thread of rank 0 while the run goes on. It is whole before
+    the next one is begun, before a checkpoint is taken and before the run ends.
 
     Args:
         run_dir: where the files go.
@@ -36,6 +43,7 @@ class RolloutLog(Callback):
     def __init__(self, run_dir: PathText, rollouts_every: AtLeast0 = 1) -> None:
         self.run_dir, self.rollouts_every = Path(run_dir), rollouts_every
         self.ledger_csv = CSVLogger(run_dir, "ledger.csv")
+        self.files = RolloutWriter()
         self.spent: dict[str, float] = {"other": 0.0}  # seconds by phase up to the last row
 
     def begin(self, run: Run, data: RolloutDataModule, loggers: list[Logger]) -> None:
@@ -61,7 +69,7 @@ class RolloutLog(Callback):
         if self.rollouts_every and data.rollout_step % self.rollouts_every == 0:
             path = self.run_dir / "rollouts" / f"step_{run.rollouts.rollout_step:06d}.parquet"
             if world()[0] == 0:
-                write_rollouts(path, run.rollouts, data.tokenizer)
+                self.files.write(path, run.rollouts, data.tokenizer)
 
     def write_row(
         self, run: Run, data: RolloutDataModule, loggers: list[Logger], figures: dict[str, float]
@@ -99,10 +107,22 @@ class RolloutLog(Callback):
         """Removes what an interrupted run wrote after the checkpoint that is resumed."""
         for pattern, first in ((ROLLOUTS, rollout_step), (BUDGETS, epoch)):
             folder, name = pattern.split("/")
-            for path in (self.run_dir / folder).glob("*.parquet"):
-                found = re.fullmatch(name, path.name)  # a file of someone else's stays
+            for path in (self.run_dir / folder).glob("*.parquet*"):
+                found = re.fullmatch(name + PARTIAL, path.name)  # a file of someone else's stays
                 if found and int(found.group(1)) >= first:
                     path.unlink()
+
+    def on_save_checkpoint(self, *args: Any) -> None:
+        self.files.wait()
+
+    def on_train_end(self, *args: Any) -> None:
+        self.files.wait()
+
+    def on_exception(self, *args: Any) -> None:
+        try:
+            self.files.wait()
+        except Exception as error:  # the exception that ends the run is the one to show
+            log.warning("The last file of rollouts could not be written: %s", error)
 
     def state_dict(self) -> dict[str, Any]:
         return {"ledger_csv": self.ledger_csv.state_dict(), "phases": dict(self.spent)}

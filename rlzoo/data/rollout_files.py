@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlzoo.errors import UserError
@@ -33,30 +37,64 @@ STEP_FILE = re.compile(r"step_(\d{6,})\.parquet")  # as a run names them
 NUM_DECODED = 16  # responses of a file that are decoded, to tell whose tokens they are
 
 
+class RolloutWriter:
+    """Writes files of rollouts from a thread, one at a time, while the run goes on."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlzoo-rollouts")
+        self._writing: Future[None] | None = None
+
+    def write(self, path: Path, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Begins to write a file, once the one before it is there."""
+        self.wait()
+        self._writing = self._executor.submit(write_rollouts, path, rollouts, tokenizer)
+
+    def wait(self) -> None:
+        """Returns once the file begun last is whole; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
 def write_rollouts(path: Path, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> None:
-    """One row per rollout, in order."""
-    prompts = [rollouts.prompts[g] for g in rollouts.group_ids.tolist()]
+    """One row per rollout, in order. The file is whole or absent: written aside, and renamed."""
+    prompts, groups = rollouts.prompts, pyarrow.array(rollouts.group_ids.numpy())
+
+    def of_prompt(values: list[Any], kind: pyarrow.DataType) -> pyarrow.Array:
+        return pyarrow.array(values, kind).take(groups)
+
     columns = {
         "rollout_step": [rollouts.rollout_step] * len(rollouts),
         "policy_version": [rollouts.policy_version] * len(rollouts),
-        "prompt_id": [prompt.id for prompt in prompts],
-        "question": [prompt.question for prompt in prompts],
-        "answer": [prompt.answer for prompt in prompts],
+        "prompt_id": of_prompt([prompt.id for prompt in prompts], pyarrow.string()),
+        "question": of_prompt([prompt.question for prompt in prompts], pyarrow.string()),
+        "answer": of_prompt([prompt.answer for prompt in prompts], pyarrow.string()),
         "response": [tokenizer.decode(r) for r in rollouts.responses],
         "reward": rollouts.rewards.tolist(),
         "verdict": [Verdict(v).name.lower() for v in rollouts.verdicts.tolist()],
         "length": rollouts.lengths.tolist(),
         "truncated": rollouts.truncated.tolist(),
+        "prompt_ids": of_prompt([p.token_ids for p in prompts], TOKENS["prompt_ids"]),
+        "response_ids": lists(rollouts.responses, torch.int32),
+        "sampler_logprobs": lists(rollouts.sampler_logprobs, torch.float32),
     }
-    tokens = (
-        [list(prompt.token_ids) for prompt in prompts],
-        [response.tolist() for response in rollouts.responses],
-        [logprobs.tolist() for logprobs in rollouts.sampler_logprobs],
-    )
-    for (name, kind), values in zip(TOKENS.items(), tokens, strict=True):
-        columns[name] = pyarrow.array(values, type=kind)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    aside = path.with_name(f"{path.name}.partial")
+    try:
+        pyarrow.parquet.write_table(pyarrow.table(columns), aside)
+    except OSError:
+        aside.unlink(missing_ok=True)  # on a full disk, half a file takes the last room
+        raise
+    os.replace(aside, path)
+
+
+def lists(rows: Sequence[Tensor], dtype: torch.dtype) -> pyarrow.ListArray:
+    """Rows of numbers as a column of lists, without a Python object for each number."""
+    offsets = [0, *itertools.accumulate(map(len, rows))]
+    values = torch.cat([torch.zeros(0, dtype=dtype), *(row.to(dtype) for row in rows)])
+    return pyarrow.ListArray.from_arrays(
+        pyarrow.array(offsets, pyarrow.int32()), pyarrow.array(values.numpy())
+    )
 
 
 def read_rollouts(

@@ -1,16 +1,29 @@
 import dataclasses
+import errno
+import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 
-from rlzoo.data.rollout_files import accepted, read_rollouts, rollout_files, write_rollouts
+from rlzoo.callbacks.checkpoint import Checkpoint
+from rlzoo.data import rollout_files as rollout_files_module
+from rlzoo.data.rollout_files import (
+    TOKENS,
+    RolloutWriter,
+    accepted,
+    read_rollouts,
+    rollout_files,
+    write_rollouts,
+)
 from rlzoo.errors import UserError
 from rlzoo.models.policy import load_tokenizer
 from rlzoo.rewards.base import Verdict
 from rlzoo.types import Rollouts
+from tests import warm
 from tests.recorded import recorded_rollouts
 
 TOKENIZER = load_tokenizer("tiny")
@@ -43,6 +56,51 @@ def test_recorded_rollouts_are_read_back_to_the_bit(tmp_path):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
     assert read.prompts == written.prompts
     assert (read.rollout_step, read.policy_version, read.replayed) == (5, 0, True)
+
+
+def test_the_columns_are_those_of_lists_made_row_by_row(tmp_path):
+    written = recorded()
+    write_rollouts(tmp_path / "step.parquet", written, TOKENIZER)
+    table = pyarrow.parquet.read_table(tmp_path / "step.parquet")
+    prompts = [written.prompts[g] for g in written.group_ids.tolist()]
+    assert table["prompt_ids"].to_pylist() == [list(prompt.token_ids) for prompt in prompts]
+    assert table["question"].to_pylist() == [prompt.question for prompt in prompts]
+    assert table["response_ids"].to_pylist() == [r.tolist() for r in written.responses]
+    assert table["sampler_logprobs"].to_pylist() == [r.tolist() for r in written.sampler_logprobs]
+    assert table["response"].to_pylist() == [TOKENIZER.decode(r) for r in written.responses]
+    assert {name: table.schema.field(name).type for name in TOKENS} == TOKENS
+
+
+def test_a_file_that_cannot_be_finished_is_not_there_and_says_so(tmp_path, monkeypatch):
+    def half(table: object, path: Path) -> None:
+        path.write_bytes(b"PAR1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pyarrow.parquet, "write_table", half)
+    writer = RolloutWriter()
+    writer.write(tmp_path / "step.parquet", recorded(), TOKENIZER)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(tmp_path / "next.parquet", recorded(), TOKENIZER)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_whole_before_a_checkpoint_that_claims_it(tmp_path, monkeypatch):
+    whole = rollout_files_module.write_rollouts
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        whole(*arguments)
+
+    there, publish = [], Checkpoint.publish
+
+    def look(checkpoint: Checkpoint, partial: Path) -> None:
+        there.append(sorted(p.name for p in (checkpoint.folder.parent / "rollouts").iterdir()))
+        publish(checkpoint, partial)
+
+    monkeypatch.setattr(rollout_files_module, "write_rollouts", slowly)
+    monkeypatch.setattr(Checkpoint, "publish", look)
+    warm.passed(tmp_path / "run")
+    assert there == [["step_000000.parquet"], ["step_000000.parquet", "step_000001.parquet"]]
 
 
 def test_files_of_a_folder_come_in_the_order_of_their_steps(tmp_path):
