@@ -31,7 +31,7 @@ def load_policy(
     path: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     attention: str = "sdpa",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | Literal["auto"] = False,
     trust_remote_code: bool = False,
     init_from: str | None = None,
     lora: Mapping[str, Any] | None = None,
@@ -42,7 +42,8 @@ def load_policy(
         path: see `model_directory`.
         dtype: of the weights: float32, bfloat16 or float16.
         attention: transformers' attn_implementation.
-        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: recompute activations in the backward pass; "auto" where there is
+            CUDA and the family can.
         trust_remote_code: run code that a hub model brings along.
         init_from: takes the weights, and nothing else, from an rlzoo checkpoint or from
             another model directory of the same architecture. Adapters that a checkpoint has are
@@ -67,6 +68,10 @@ def load_policy(
     policy = load_frozen(path, dtype, attention, trust_remote_code, init_from)
     if lora is not None:
         add_lora(policy, lora)
+    if gradient_checkpointing == "auto":
+        gradient_checkpointing = (
+            torch.cuda.is_available() and policy.supports_gradient_checkpointing
+        )
     if gradient_checkpointing:
         enable_checkpointing(policy, f"model.path={path}")
     return policy
