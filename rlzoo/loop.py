@@ -1,7 +1,7 @@
 """The loop: what a run does, in the order it does it.
 
 Lightning's Trainer owns the innermost part: forward, backward and optimizer step of a microbatch.
-All the rest stands here. `RolloutLoop.microbatches` draws a rollout step and makes of it what
+All the rest stands here. `RolloutLoop.updates` draws a rollout step and makes of it what
 Lightning trains on; `RolloutLoop.boundary` is what follows once it has been trained on.
 """
 
@@ -14,11 +14,11 @@ from lightning import LightningModule, Trainer
 
 from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.algos.sft import SFT
-from rlzoo.callbacks.seam import Microbatches, Seam
+from rlzoo.callbacks.seam import Seam, Updates
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.data.sft import SFTDataModule
 from rlzoo.errors import UserError
-from rlzoo.types import RolloutBatch, Rollouts
+from rlzoo.types import Rollouts, Update
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data = self.data
         self.run.drawer.golds_to_try = [*data.train_prompts, *data.val_prompts]
-        length = data.steps_per_epoch * self.microbatches_per_step
-        data.loader = Microbatches(self.microbatches, length)
+        length = data.steps_per_epoch * self.updates_per_step
+        data.loader = Updates(self.updates, length)
         if self.run.endless(trainer.max_epochs) and not data.replay_files:
             log.warning(
                 "No limit ends this run (limits.* are null, trainer.max_epochs is -1): it goes on"
@@ -47,8 +47,6 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run, data, algo, parts = self.run, self.data, self.algo, self.parts
         self.begun()
-        if not data.replay_files:
-            run.bars.print_line(self.costs())
         if parts.rank_watch:
             parts.rank_watch.begin()
         if parts.weight_sync:
@@ -66,10 +64,10 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
 
     # --- a rollout step ---------------------------------------------------------------------
 
-    def microbatches(self) -> Iterator[RolloutBatch]:
-        """An epoch of rollout steps: Lightning trains on a microbatch before it asks for the next.
+    def updates(self) -> Iterator[Update]:
+        """An epoch of rollout steps: Lightning makes an update before it asks for the next.
 
-        `draw` moves the cursor on before the first microbatch of a step is handed out, so that what
+        `draw` moves the cursor on before the first update of a step is handed out, so that what
         is saved at the step's boundary is whole.
         """
         if not self.data.epoch_in_progress():
@@ -105,22 +103,22 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
         run.rollouts = rollouts
         return rollouts
 
-    def prepare(self, rollouts: Rollouts) -> list[RolloutBatch]:
+    def prepare(self, rollouts: Rollouts) -> list[Update]:
         bar = self.run.bars.phase("scoring", len(rollouts), "responses")
         with self.run.ledger.phase("scoring"), bar as advance:
-            batches = microbatches_of(rollouts, self.algo, advance)
+            updates = updates_of(rollouts, self.algo, advance)
+        self.due = sum(len(update.microbatches) for update in updates)
         if self.parts.doctor:
             self.parts.doctor.compare(self.run, self.algo)
-        return batches
+        return updates
 
     # --- after a rollout step ---------------------------------------------------------------
 
     def boundary(self, trainer: Trainer) -> None:
         run, data, algo, parts = self.run, self.data, self.algo, self.parts
-        ended = run.ended_by is not None
         if parts.weight_sync:
             parts.weight_sync.sync(run, data, algo)
-        if parts.validation and parts.validation.due(data, ended, self.pilots):
+        if parts.validation and parts.validation.due(data.rollout_step, run.ended_by is not None):
             parts.validation.validate(run, data)
         self.call_others(trainer)
         if parts.rollout_log:
@@ -131,41 +129,17 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
     def updates_per_step(self) -> int:
         return self.algo.updates_per_step
 
-    @property
-    def pilots(self) -> int:
-        """Responses that a plan of an epoch's budgets draws."""
-        return getattr(self.parts.sampler, "pilots", 0) * self.data.prompts_per_epoch
 
-    def costs(self) -> str:
-        """What a rollout step, a plan and a validation will draw, in a line."""
-        data, limit = self.data, self.data.params.max_response_tokens
-        step, val = data.responses_per_step, len(data.val_prompts) * data.val_responses
-        told = [f"A rollout step draws {step:,} responses (up to {step * limit:,} tokens)"]
-        if self.pilots:
-            told.append(f"a plan, every {data.steps_per_epoch} steps, {self.pilots:,}")
-        if self.parts.validation:
-            every = self.parts.validation.interval(data, self.pilots)
-            when = f"every {every} steps" if every else "at the start and the end"
-            told.append(f"a validation, {when}, {val:,}")
-        return ", ".join(told) + "."
-
-
-def microbatches_of(
+def updates_of(
     rollouts: Rollouts, algo: PolicyAlgorithm, on_progress: Callable[[int], None] = lambda n: None
-) -> list[RolloutBatch]:
-    """This rank's microbatches: which rollouts train, what the trainer's own models say of them,
-    what each is worth."""
+) -> list[Update]:
+    """This rank's microbatches of each update: which rollouts train, what the trainer's own models
+    say of them, what each is worth."""
     units = algo.training_units(rollouts)
     algo.score(rollouts, units, on_progress)
     credit = algo.credit(rollouts)
-    return algo.microbatches(
-        rollouts,
-        units,
-        credit,
-        accumulate=algo.trainer.accumulate_grad_batches,
-        rank=algo.trainer.global_rank,
-        world_size=algo.trainer.world_size,
-    )
+    rank, world_size = algo.trainer.global_rank, algo.trainer.world_size
+    return algo.plan_updates(rollouts, units, credit, rank=rank, world_size=world_size)
 
 
 class SupervisedLoop(Seam[SFTDataModule, SFT]):
@@ -174,8 +148,7 @@ class SupervisedLoop(Seam[SFTDataModule, SFT]):
     turns = ("rank_watch", "sft_log", "checkpoint", "preemption", "export")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.algo.agree_on_pieces(self.data.val_batches)
-        self.data.loader = Microbatches(self.microbatches, self.microbatches_per_step)
+        self.data.loader = Updates(self.updates, self.updates_per_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.begun()
@@ -186,11 +159,11 @@ class SupervisedLoop(Seam[SFTDataModule, SFT]):
         if self.parts.preemption:
             self.parts.preemption.listen(self.run)
 
-    def microbatches(self) -> Iterator[RolloutBatch]:
+    def updates(self) -> Iterator[Update]:
         """A block of updates."""
-        for update in self.data.updates(self.algo.trainer.accumulate_grad_batches):
-            self.algo.agree_on_pieces(update)
-            yield from update
+        for update in self.data.updates(self.algo.tokens_per_microbatch, self.algo.pads):
+            self.due = self.updates_per_step * len(update.microbatches)  # all have nearly as many
+            yield update
 
     def boundary(self, trainer: Trainer) -> None:
         self.call_others(trainer)

@@ -145,11 +145,9 @@ class RolloutBatch:
         "sampler_logprobs",  # [B, T] float32 nats
     )
 
-    def __init__(self, tensors: dict[str, Tensor], divisor: float, last: bool = False) -> None:
+    def __init__(self, tensors: dict[str, Tensor], divisor: float) -> None:
         self.__dict__.update(tensors)
         self.divisor = divisor  # sum of the optimizer step's weights, all microbatches and ranks
-        self.last = last  # the last microbatch of its rollout step
-        self.pieces = 1  # forward passes it is computed in, the same on every rank
 
     def __getattr__(self, name: str) -> Tensor:
         """Called for what is not there."""
@@ -171,26 +169,40 @@ class RolloutBatch:
 
     def replaced(self, **tensors: Tensor) -> RolloutBatch:
         """The same microbatch but for some tensors."""
-        batch = RolloutBatch(self.tensors() | tensors, self.divisor, self.last)
-        batch.pieces = self.pieces
-        return batch
+        return RolloutBatch(self.tensors() | tensors, self.divisor)
 
-    def pieces_needed(self, max_tokens: int) -> int:
-        """Pieces of at most `max_tokens` tokens each (one row at least) that this one makes."""
-        rows, width = self.input_ids.shape
-        return -(-rows // max(1, max_tokens // width))
 
-    def piece_rows(self, max_tokens: int) -> list[slice]:
-        """The rows of each piece: as many pieces as are needed, or as `pieces` says if more."""
-        pieces = max(self.pieces, self.pieces_needed(max_tokens))
-        rows = max(pieces, len(self.input_ids))
-        return [slice(i * rows // pieces, (i + 1) * rows // pieces) for i in range(pieces)]
+class Update:
+    """An optimizer step's microbatches on this rank, as many as on any other: what Lightning takes
+    for a batch.
 
-    def with_rows(self, rows: int) -> RolloutBatch:
-        """The same microbatch with blank rows of weight 0 below, so that it has `rows` at least."""
-        extra = max(0, rows - len(self.input_ids))
-        blank = {n: t.new_zeros(extra, *t.shape[1:]) for n, t in self.tensors().items()}
-        return self.replaced(**{n: torch.cat([t, blank[n]]) for n, t in self.tensors().items()})
+    Attributes:
+        place: of the update in its rollout step, from 0.
+        last: whether it ends its rollout step.
+        first: place of its first microbatch in the update, where it is a part of one.
+    """
+
+    def __init__(
+        self,
+        microbatches: Sequence[RolloutBatch],
+        place: int = 0,
+        last: bool = False,
+        first: int = 0,
+    ) -> None:
+        self.microbatches, self.place = list(microbatches), place
+        self.last, self.first = last, first
+
+    def to(self, *_: object, **__: object) -> Update:
+        """Itself: each microbatch goes to the device when its turn comes."""
+        return self
+
+    def parts(self) -> list[Update]:
+        """Updates of one microbatch each, of which the last alone may end the rollout step."""
+        count = len(self.microbatches)
+        return [
+            Update([batch], self.place, self.last and i == count - 1, i)
+            for i, batch in enumerate(self.microbatches)
+        ]
 
 
 def collate(

@@ -52,12 +52,18 @@ def one_thread() -> None:
 
 
 def make_tiny_model(
-    seed: int = 0, tied: bool = False, spread: float = 0.3, width: int = 32
+    seed: int = 0,
+    tied: bool = False,
+    spread: float = 0.3,
+    width: int = 32,
+    attention: str = "packed",
 ) -> Qwen2ForCausalLM:
     """A random two-layer policy; at the default spread of weights its outputs are far from uniform.
     vLLM's CPU kernels take heads of 32 dimensions, so a width of 64."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    import rlzoo.models.packed  # noqa: F401  # which registers the attention
 
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -74,7 +80,7 @@ def make_tiny_model(
         eos_token_id=0,
         pad_token_id=1,
     )
-    return Qwen2ForCausalLM(config).eval()
+    return Qwen2ForCausalLM._from_config(config, attn_implementation=attention).eval()
 
 
 @pytest.fixture

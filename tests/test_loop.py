@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlzoo.callbacks import Checkpoint, Validation
-from rlzoo.callbacks.seam import Microbatches, Parts, Seam
+from rlzoo.callbacks.seam import Parts, Seam, Updates
 from rlzoo.callbacks.state import Run
 from rlzoo.errors import UserError
 from rlzoo.loop import RolloutLoop, SupervisedLoop
@@ -16,10 +16,9 @@ from rlzoo.report.progress import Bars
 
 
 class Data:
-    """Three rollout steps of two microbatches."""
+    """Three rollout steps of two updates."""
 
     rollout_step = epochs_done = 0
-    prompts_per_epoch = 4
 
     def exhausted(self) -> None:
         return None
@@ -31,7 +30,7 @@ class Steps(Seam):
         super().__init__(run, Data(), torch.nn.Linear(1, 1), Parts())
         self.told: list[str] = []
 
-    microbatches_per_step, turns = 2, ()
+    updates_per_step, turns = 2, ()
 
     def boundary(self, trainer: object) -> None:
         self.told.append(self.run.ended_by or "goes on")
@@ -42,7 +41,7 @@ def ended(loop: Seam, trainer: SimpleNamespace, last: bool) -> None:
     loop.on_train_batch_end(trainer, None, None, SimpleNamespace(last=last), 0)
 
 
-def test_the_microbatches_have_a_length_and_a_step_is_drawn_only_when_it_is_asked_for():
+def test_the_updates_have_a_length_and_a_step_is_drawn_only_when_it_is_asked_for():
     steps = []
 
     def epoch():
@@ -50,7 +49,7 @@ def test_the_microbatches_have_a_length_and_a_step_is_drawn_only_when_it_is_aske
             steps.append(step)
             yield from [(step, 0), (step, 1)]
 
-    loader = Microbatches(epoch, 6)
+    loader = Updates(epoch, 6)
     assert len(loader) == 6
     batches = iter(loader)
     assert steps == []
@@ -58,7 +57,7 @@ def test_the_microbatches_have_a_length_and_a_step_is_drawn_only_when_it_is_aske
     assert len(list(batches)) == 4
 
 
-def test_a_boundary_follows_the_last_microbatch_of_a_step_alone():
+def test_a_boundary_follows_the_last_update_of_a_step_alone():
     loop, trainer = Steps(), SimpleNamespace(should_stop=False, max_epochs=-1, callbacks=[])
     for last in (False, True, False, True):
         ended(loop, trainer, last)
@@ -117,8 +116,7 @@ def loop_of(told: list[str], ended_by: str | None = None) -> tuple[RolloutLoop, 
 
     parts = SimpleNamespace(
         weight_sync=SimpleNamespace(sync=says("sync")),
-        sampler=None,
-        validation=SimpleNamespace(due=lambda *where: True, validate=says("validate")),
+        validation=SimpleNamespace(due=lambda step, ended: True, validate=says("validate")),
         rollout_log=SimpleNamespace(write=says("log")),
         checkpoint=SimpleNamespace(save_if_due=says("save")),
         preemption=SimpleNamespace(stop=says("stop")),

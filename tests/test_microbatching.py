@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlzoo.learning.microbatching import balance, split_updates, token_weights
+from rlzoo.learning.microbatching import balance, in_bins, size_of, split_updates, token_weights
 
 VALUES = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0])]  # a term of each token
 LENGTHS = torch.tensor([3, 1])
@@ -50,3 +50,34 @@ def test_updates_hold_every_rollout_once_in_equal_numbers(num, updates, seed):
 
 def test_another_seed_deals_rollouts_out_differently():
     assert split_updates(20, 2, 0) != split_updates(20, 2, 1)
+
+
+ITEMS = st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=2), max_size=60)
+
+
+@given(ITEMS, st.integers(1, 8), st.integers(100, 3000), st.booleans())
+def test_bins_hold_everything_once_within_the_budget_and_as_many_on_every_rank(
+    items, ranks, budget, padded
+):
+    sizes = [size_of(tokens) for tokens in items]
+    bins = in_bins(sizes, ranks, budget, padded)
+    assert sorted(i for parts in bins for part in parts for i in part) == list(range(len(items)))
+    assert len(bins) == ranks and len({len(parts) for parts in bins}) == 1
+    for part in (part for parts in bins for part in parts if len(part) > 1):
+        rows = [tokens for i in part for tokens in items[i]]
+        largest = max(max(size.tokens for size in sizes), budget)
+        assert (len(rows) * max(rows) if padded else sum(rows)) <= (budget if padded else largest)
+
+
+@given(st.lists(st.integers(1, 500), min_size=8, max_size=200), st.integers(1, 8))
+def test_bins_are_nearly_as_few_as_can_be(tokens, ranks):
+    """A third more than the tokens ask for, and one: what dealing them out evenly may cost."""
+    sizes = [size_of([n]) for n in tokens]
+    count = len(in_bins(sizes, ranks, 1000)[0])
+    share = max(sum(tokens[i] for i in part) for part in balance(tokens, ranks))
+    assert count <= 1 + 4 / 3 * share / 1000 + 1
+
+
+def test_rows_of_like_length_go_together_where_they_are_padded():
+    sizes = [size_of([n]) for n in (100, 10, 90, 10, 10, 10)]
+    assert in_bins(sizes, 1, 200, padded=True) == [[[0, 2], [1, 3, 4, 5]]]

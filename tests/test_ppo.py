@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 from rlzoo.algos import PPO
-from rlzoo.loop import microbatches_of
-from rlzoo.types import Rollouts
+from rlzoo.loop import updates_of
+from rlzoo.types import Rollouts, Update
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
-from tests.zoo import build, gradient, prepared
+from tests.zoo import build, flat, gradient, prepared
 
 
 def two_tokens(rewards: list[float]) -> Rollouts:
@@ -94,16 +94,11 @@ def test_the_critic_is_no_part_of_the_policy_and_a_shared_one_is_a_head_alone():
 def updated(algo: PPO, rollouts: Rollouts) -> dict[str, bool]:
     """Which modules one optimizer step changes."""
     before = {name: p.detach().clone() for name, p in algo.named_parameters()}
-    algo.trainer = SimpleNamespace(
-        precision_plugin=Precision(),
-        world_size=1,
-        global_rank=0,
-        accumulate_grad_batches=1,
-    )
+    algo.trainer = SimpleNamespace(precision_plugin=Precision(), world_size=1, global_rank=0)
     optimizer = torch.optim.AdamW(algo.parameter_groups(), lr=1e-3)
     rollouts.scores.clear()
-    (batch,) = microbatches_of(rollouts, algo)
-    algo.training_step(batch, 0).backward()
+    (batch,) = flat(updates_of(rollouts, algo))
+    algo.training_step(Update([batch]), 0).backward()
     algo.configure_gradient_clipping(optimizer, gradient_clip_val=1.0)
     optimizer.step()
     changed = {name: not torch.equal(before[name], p) for name, p in algo.named_parameters()}

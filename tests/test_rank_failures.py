@@ -16,7 +16,7 @@ TWO_RANKS = (
     "limits.max_responses=192",  # four rollout steps
     "trainer.devices=2",
     "strategy=ddp",
-    "trainer.accumulate_grad_batches=2",
+    "algo.tokens_per_microbatch=400",
 )
 BAR = 60.0  # seconds that a rank may outlive another one
 

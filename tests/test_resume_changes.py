@@ -71,7 +71,6 @@ WITH_WEIGHTS = (
     ("datamodule.temperature=0.5", "datamodule.temperature: 1.0 -> 0.5"),
     ("datamodule.max_response_tokens=64", "datamodule.max_response_tokens: 96 -> 64"),
     ("trainer.precision=bf16-mixed", "trainer.precision: 32-true -> bf16-mixed"),
-    ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches: 1 -> 2"),
     ("trainer.gradient_clip_val=2", "trainer.gradient_clip_val: 1.0 -> 2"),
     ("model.dtype=bfloat16", "model.dtype: float32 -> bfloat16"),
     ("reward.truncated_is_wrong=true", "reward.truncated_is_wrong: False -> True"),

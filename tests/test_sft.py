@@ -18,7 +18,7 @@ from rlzoo.ranks.exchange import world
 from rlzoo.report.ledger import Limits
 from rlzoo.types import Prompt
 from tests import warm
-from tests.zoo import calm_model
+from tests.zoo import calm_model, flat
 
 PAIRS = [  # token ids, so that lengths are known: 1 to 8 tokens of solution
     (tuple(range(2, 4 + i % 3)), tuple((5 + 7 * i + j) % 40 for j in range(i + 1)))
@@ -44,34 +44,34 @@ def data_of(pairs, val=(), **changes) -> SFTDataModule:
     return SFTDataModule(source, Tokenizer(), **options)
 
 
-def module(accumulate: int = 1, world_size: int = 1, **changes) -> SFT:
-    algo = SFT(calm_model, lambda p: torch.optim.SGD(p, lr=1.0), **changes)
+def module(world_size: int = 1) -> SFT:
+    algo = SFT(calm_model, lambda p: torch.optim.SGD(p, lr=1.0))
     algo.configure_model()
-    algo.trainer = SimpleNamespace(
-        world_size=world_size, accumulate_grad_batches=accumulate, precision_plugin=Precision()
-    )
+    algo.trainer = SimpleNamespace(world_size=world_size, precision_plugin=Precision())
     return algo
 
 
-def sft_gradient(split: int, ranks: int = 1, rank: int = 0, pairs=PAIRS, **changes) -> torch.Tensor:
-    """This rank's gradient of an update of all pairs in `split` microbatches."""
-    algo, size = module(split, ranks, **changes), len(pairs) // split
-    parts = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    for batch in data_of(pairs).update(parts, rank, ranks):
-        (algo.training_step(batch, 0) / split).backward()  # as Lightning has it
+def sft_gradient(
+    budget: int, ranks: int = 1, rank: int = 0, pairs=PAIRS, padded: bool = False
+) -> torch.Tensor:
+    """This rank's gradient of an update of all pairs in microbatches of so many tokens."""
+    algo, update = module(ranks), data_of(pairs).update(pairs, budget, padded, rank, ranks)
+    for part in update.parts():
+        algo.training_step(part, 0).backward()
     return torch.cat([p.grad.flatten() for p in algo.parameters()])
 
 
 def rank_gradient() -> torch.Tensor:
     """Of one process of several: averaged over them, that of one alone (test_two_ranks.py)."""
     rank, size = world()
-    return sft_gradient(2, size, rank)
+    return sft_gradient(20, size, rank)
 
 
 def rank_loss() -> float:
     """Of two batches, the second of one example, so that a second rank has no row of it."""
     (first, second), data = (PAIRS[:3], PAIRS[3:4]), data_of(PAIRS)
-    return module().mean_loss([data.batch(first, *world()), data.batch(second, *world())])
+    updates = [data.update(pairs, 99, False, *world()) for pairs in (first, second)]
+    return module().mean_loss(flat(updates))
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -80,38 +80,42 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def test_the_gradient_is_one_mean_over_tokens_whatever_the_split():
     """Accumulation averaged the means of microbatches: 89% off where lengths are 1 to 8."""
-    whole = sft_gradient(1)
+    whole = sft_gradient(999)
     algo = module()
-    (batch,) = data_of(PAIRS).update([PAIRS])
+    (batch,) = data_of(PAIRS).update(PAIRS, 999).microbatches
     total = sum(float(algo.forward_scores(batch)["logprobs"].sum()) for _ in (1,))
     assert algo.mean_loss([batch]) == pytest.approx(-total / 36, rel=1e-5)
     assert whole.norm() > 1e-3
-    for split in (2, 4, 8):
-        assert apart(sft_gradient(split), whole) < 1e-5
-    averaged = sum(sft_gradient(2, 3, rank) for rank in range(3)) / 3
+    for budget in (1, 20, 40):
+        assert len(data_of(PAIRS).update(PAIRS, budget).microbatches) > 1
+        assert apart(sft_gradient(budget), whole) < 1e-5
+        assert apart(sft_gradient(budget, padded=True), whole) < 1e-5
+    averaged = sum(sft_gradient(20, 3, rank) for rank in range(3)) / 3
     assert apart(averaged, whole) < 1e-5
-    assert apart(sft_gradient(1, max_tokens_per_microbatch=20), whole) < 1e-5
 
 
 def test_ranks_without_an_example_train_on_nothing():
     """Fewer examples than ranks."""
     few = PAIRS[2:4]
-    averaged = sum(sft_gradient(1, 4, rank, few) for rank in range(4)) / 4
-    assert apart(averaged, sft_gradient(1, pairs=few)) < 1e-5
+    averaged = sum(sft_gradient(99, 4, rank, few) for rank in range(4)) / 4
+    assert apart(averaged, sft_gradient(99, pairs=few)) < 1e-5
 
 
 def test_the_loss_of_no_batch_is_not_a_number():
     assert module().mean_loss([]) != module().mean_loss([])
 
 
-def fed(data: SFTDataModule, accumulate: int = 1) -> list[list[int]]:
-    """Solution lengths of each microbatch of the next step."""
-    batches = [batch for update in data.updates(accumulate) for batch in update]
-    assert [batch.last for batch in batches] == [False] * (len(batches) - 1) + [True]
-    return [batch.response_mask.sum(-1).tolist() for batch in batches]
+def fed(data: SFTDataModule, budget: int = 999) -> list[list[int]]:
+    """Solution lengths of each update of the next step."""
+    updates = list(data.updates(budget, padded=False))
+    assert [update.last for update in updates] == [False] * (len(updates) - 1) + [True]
+    return [
+        sorted(n for batch in update.microbatches for n in batch.response_mask.sum(-1).tolist())
+        for update in updates
+    ]
 
 
-def test_a_resumed_loader_goes_on_where_it_was_and_accumulation_feeds_the_same():
+def test_a_resumed_loader_goes_on_where_it_was_and_small_microbatches_feed_the_same():
     whole = data_of(PAIRS, batch_size=3, updates_per_step=8)
     expected = fed(whole) + fed(whole)
     first = data_of(PAIRS, batch_size=3, updates_per_step=8)
@@ -119,7 +123,7 @@ def test_a_resumed_loader_goes_on_where_it_was_and_accumulation_feeds_the_same()
     second = data_of(PAIRS, batch_size=3, updates_per_step=8)
     second.load_state_dict(first.state_dict())
     assert begun + fed(second) == expected
-    assert fed(data_of(PAIRS, batch_size=3, updates_per_step=8), accumulate=2) == expected
+    assert fed(data_of(PAIRS, batch_size=3, updates_per_step=8), budget=1) == expected[:8]
 
 
 def test_what_is_too_long_is_refused_or_dropped_with_a_count(caplog):
@@ -155,7 +159,10 @@ def test_prompts_without_solutions_have_no_validation_loss(caplog):
     bare = Prompt("p", "q", "a")
     data = data_of(PAIRS, val=[bare])
     data.setup("fit")
-    assert data.val_batches == [] and "1 of 1 validation prompts have no worked" in caplog.text
+    assert (
+        data.validation(99, False) == []
+        and "1 of 1 validation prompts have no worked" in caplog.text
+    )
 
 
 def test_what_is_validated_on_and_trained_on_is_told_by_the_tokens_of_its_prompt(caplog):
@@ -234,8 +241,8 @@ def test_a_corpus_without_end_begins_at_once_and_is_looked_at_as_it_is_drawn():
     data = data_of(Endless(), max_prompt_tokens=64, max_response_tokens=32)
     data.setup("fit")
     assert data.fingerprint()["corpus"]["count"] == 10**9
-    data.batch([data.corpus[i] for i in range(4)])
+    data.update([data.corpus[i] for i in range(4)], 99)
     with pytest.raises(
         UserError, match="solution of .* tokens, over datamodule.max_response_tokens=32"
     ):
-        data.batch([data.corpus[i] for i in range(4, 8)])
+        data.update([data.corpus[i] for i in range(4, 8)], 99)

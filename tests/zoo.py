@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from rlzoo.algos import PolicyAlgorithm
 from rlzoo.launch.configuration import conf_dir
-from rlzoo.loop import microbatches_of
+from rlzoo.loop import updates_of
 from rlzoo.ranks.exchange import world
-from rlzoo.types import RolloutBatch, Rollouts
+from rlzoo.types import RolloutBatch, Rollouts, Update
 from tests.conftest import make_tiny_model
 
 OUTSIDE = Path(__file__).parent / "outside" / "conf"
@@ -57,36 +57,44 @@ def build(
     return algo
 
 
-def prepared(algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1) -> list[RolloutBatch]:
+def split(algo: PolicyAlgorithm, rollouts: Rollouts, parts: int, world_size: int = 1) -> None:
+    """Has each update of a step made in about so many microbatches on each rank."""
+    total = sum(rollouts.num_tokens(i) for i in range(len(rollouts)))
+    if parts > 1:
+        algo.tokens_per_microbatch = max(1, total // (parts * world_size * algo.updates))
+
+
+def prepared(algo: PolicyAlgorithm, rollouts: Rollouts, parts: int = 1) -> list[RolloutBatch]:
     """This rank's microbatches of a rollout step, always scored by the algorithm's own models."""
     rank, world_size = world()
     algo.trainer = SimpleNamespace(
-        world_size=world_size,
-        global_rank=rank,
-        accumulate_grad_batches=accumulate,
-        precision_plugin=Precision(),
+        world_size=world_size, global_rank=rank, precision_plugin=Precision()
     )
     algo.must_score_old = lambda first: True
     rollouts.scores.clear()
-    return microbatches_of(rollouts, algo)
+    split(algo, rollouts, parts, world_size)
+    return flat(updates_of(rollouts, algo))
+
+
+def flat(updates: list[Update]) -> list[RolloutBatch]:
+    return [batch for update in updates for batch in update.microbatches]
 
 
 def planned(
     algo: PolicyAlgorithm,
     rollouts: Rollouts,
-    accumulate: int = 1,
+    parts: int = 1,
     rank: int = 0,
     world_size: int = 1,
 ) -> list[RolloutBatch]:
     """A rank's microbatches of rollouts that are scored already, or need not be."""
     units, credit = algo.training_units(rollouts), algo.credit(rollouts)
-    return algo.microbatches(
-        rollouts, units, credit, accumulate=accumulate, rank=rank, world_size=world_size
-    )
+    split(algo, rollouts, parts, world_size)
+    return flat(algo.plan_updates(rollouts, units, credit, rank=rank, world_size=world_size))
 
 
 def gradient(
-    algo: PolicyAlgorithm, rollouts: Rollouts, accumulate: int = 1, drift: float = 0.3
+    algo: PolicyAlgorithm, rollouts: Rollouts, parts: int = 1, drift: float = 0.3
 ) -> torch.Tensor:
     """This rank's gradient of one optimizer step, all parameters in one vector.
 
@@ -95,11 +103,11 @@ def gradient(
             so that ratios and clips act, alike however the step is split.
     """
     algo.zero_grad()
-    for batch in prepared(algo, rollouts, accumulate):
+    for batch in prepared(algo, rollouts, parts):
         if "old_logprobs" in algo.read_scores:
             moved = batch.old_logprobs + drift * torch.sin(7 * batch.old_logprobs)
             batch.old_logprobs = torch.where(batch.response_mask, moved, 0.0)
-        (algo.training_step(batch, 0) / accumulate).backward()  # as Lightning has it
+        algo.training_step(Update([batch]), 0).backward()
     return torch.cat(
         [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in algo.parameters()]
     )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -43,20 +44,20 @@ from rlzoo.learning.losses import (
     truncated_importance_weights,
 )
 from rlzoo.learning.metrics import WeightedMeans
-from rlzoo.learning.microbatching import Aggregation, microbatch, plan_microbatches
+from rlzoo.learning.microbatching import AUTO_TOKENS, Aggregation, microbatch, plan_updates
 from rlzoo.learning.optimization import UpdateWatch, check_schedule, clip_limit, clipped_norms
-from rlzoo.learning.scoring import agree_on_pieces, declared, in_pieces, score_rollouts
+from rlzoo.learning.scoring import declared, score_rollouts
 from rlzoo.learning.selection import Selection, said_if_single, units_of, with_the_rest
 from rlzoo.learning.shaping import plus_minus_one, soft_overlong_penalty
-from rlzoo.models.checks import check_placed
 from rlzoo.models.frozen import FrozenModels
 from rlzoo.models.gather import load_whole, through
 from rlzoo.models.logprobs import response_scores
 from rlzoo.models.lora import is_adapter, lora_of, whole_weights_of
+from rlzoo.models.packed import check_placed, is_packed
 from rlzoo.models.precision import float_buffers, put_back
 from rlzoo.report.ledger import Ledger
 from rlzoo.rng import derive_seed
-from rlzoo.types import Credit, OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
+from rlzoo.types import Credit, OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts, Update
 from rlzoo.values import AtLeast0, AtLeast1, NonNegative, Positive, Seed
 
 
@@ -74,7 +75,7 @@ class PolicyAlgorithm(lightning.LightningModule):
     """
 
     # What an algorithm declares. A score has the name by which a batch holds it: old_logprobs,
-    # entropy, NAME_logprobs of a model in `frozen`, or what `piece_scores` or `score_batch` adds.
+    # entropy, NAME_logprobs of a model in `frozen`, or what `policy_scores` or `score_batch` adds.
     scores: tuple[str, ...] = ("old_logprobs",)  # those that loss or credit read
     credit_scores: tuple[str, ...] = ()  # those that `compute_advantages` reads, of all rollouts
     has_ratio = True  # False where the loss has none that could be clipped
@@ -113,7 +114,7 @@ class PolicyAlgorithm(lightning.LightningModule):
         overlong_filter: bool = False,
         temperature: Temperature = 1.0,
         max_response_tokens: AtLeast1 = 128,
-        max_tokens_per_microbatch: AtLeast1 = 16384,
+        tokens_per_microbatch: AtLeast1 | Literal["auto"] = "auto",
         max_logprob_gap: Positive = 0.1,
         max_skipped_updates: AtLeast0 = 10,
         pad_token_id: int = 0,
@@ -132,7 +133,10 @@ class PolicyAlgorithm(lightning.LightningModule):
         self.overlong_filter = overlong_filter
         self.overlong_buffer, self.overlong_penalty = overlong_buffer, overlong_penalty
         self.temperature, self.max_response_tokens = temperature, max_response_tokens
-        self.max_tokens_per_microbatch, self.pad_token_id = max_tokens_per_microbatch, pad_token_id
+        self.tokens_per_microbatch = (
+            AUTO_TOKENS if tokens_per_microbatch == "auto" else tokens_per_microbatch
+        )
+        self.pad_token_id = pad_token_id
         self.max_logprob_gap, self.seed = max_logprob_gap, seed
         # Whether some rollouts do not train; an algorithm with a `select` may know better.
         self.can_reject = overlong_filter or type(self).select is not PolicyAlgorithm.select
@@ -152,6 +156,7 @@ class PolicyAlgorithm(lightning.LightningModule):
         self.divisor = 1.0  # of the optimizer step in progress; 0: nothing trains
         self.scores_old = True  # whether this rollout step's old log-probs were computed apart
         self.told_of_singles = False
+        self.advance: Callable[[int], None] = lambda n: None  # told of each microbatch done
 
     # --- options ----------------------------------------------------------------------------
 
@@ -265,6 +270,11 @@ class PolicyAlgorithm(lightning.LightningModule):
             model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper of `to`
 
     @property
+    def pads(self) -> bool:
+        """Whether a microbatch's rows are padded to the longest, since they cannot be packed."""
+        return not is_packed(self.policy)
+
+    @property
     def model_name(self) -> str:
         """What tells one model from another in a checkpoint, adapters left aside."""
         own = (p for name, p in self.policy.named_parameters() if not is_adapter(name))
@@ -341,7 +351,7 @@ class PolicyAlgorithm(lightning.LightningModule):
             rollouts,
             indices,
             lambda batch: self.named_scores(batch.to(self.device), names),
-            max_tokens=self.max_tokens_per_microbatch,
+            max_tokens=self.tokens_per_microbatch,
             pad_token_id=self.pad_token_id,
             on_progress=on_progress,
         )
@@ -390,25 +400,25 @@ class PolicyAlgorithm(lightning.LightningModule):
             for o, r in zip(old, ref, strict=True)
         ]
 
-    def microbatches(
+    def plan_updates(
         self,
         rollouts: Rollouts,
         units: Sequence[Sequence[int]],
         credit: Credit,
         *,
-        accumulate: int,
         rank: int = 0,
         world_size: int = 1,
-    ) -> list[RolloutBatch]:
-        """This rank's microbatches, `accumulate` of them for each optimizer step."""
-        plans = plan_microbatches(
+    ) -> list[Update]:
+        """This rank's microbatches of each optimizer step of a rollout step."""
+        steps = plan_updates(
             units,
             rollouts.lengths,
             [rollouts.num_tokens(i) for i in range(len(rollouts))],
             rollouts.weights,
             updates=self.updates,
             passes=self.passes,
-            accumulate=accumulate,
+            budget=self.tokens_per_microbatch,
+            padded=self.pads,
             rank=rank,
             world_size=world_size,
             aggregation=self.aggregation,
@@ -418,26 +428,26 @@ class PolicyAlgorithm(lightning.LightningModule):
         )
         read = {name: x for name, x in rollouts.scores.items() if name in self.read_scores}
         kept = dataclasses.replace(rollouts, scores=read)  # what was not declared is not read
-        batches = [microbatch(kept, plan, credit, self.pad_token_id) for plan in plans]
-        batches[-1].last = True
-        self.agree_on_pieces(batches)
-        return batches
+        return [
+            Update(
+                [microbatch(kept, plan, credit, self.pad_token_id) for plan in plans],
+                place,
+                last=place == len(steps) - 1,
+            )
+            for place, plans in enumerate(steps)
+        ]
 
-    def agree_on_pieces(self, batches: Sequence[RolloutBatch]) -> None:
-        agree_on_pieces(batches, self.max_tokens_per_microbatch)
-
-    # --- one microbatch ---------------------------------------------------------------------
+    # --- one optimizer step -----------------------------------------------------------------
 
     def in_training(self) -> AbstractContextManager[None]:
         """The precision of training, for a pass outside of it."""
         return self.trainer.precision_plugin.forward_context()
 
     def forward_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
-        """`piece_scores` of a microbatch, in pieces if it is too large."""
-        pieces = self.max_tokens_per_microbatch
-        return through(self.policy, in_pieces, batch, pieces, self.piece_scores)
+        """`policy_scores` of a microbatch, under any strategy."""
+        return through(self.policy, self.policy_scores, batch)
 
-    def piece_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
+    def policy_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
         """`logprobs` and `entropy` of the policy being trained, each [B, T]."""
         scores = response_scores(
             self.policy, batch, self.temperature, entropy_gradient=self.entropy_gradient
@@ -451,29 +461,50 @@ class PolicyAlgorithm(lightning.LightningModule):
             own |= self.score_batch(batch)
             return declared(names, own, lambda: self.forward_scores(batch))
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Starts dropout's noise anew from where the run is, so that a resume repeats it."""
-        if (lora := lora_of(self.policy)) is not None and lora["dropout"] > 0:
-            place = self.ledger.updates, batch_idx, self.trainer.global_rank
-            torch.manual_seed(derive_seed(self.noise_seed, "dropout", *place))
+    def training_step(self, update: Update, batch_idx: int) -> Tensor:
+        """The loss of the update's last microbatch, whose backward pass is Lightning's. Those
+        before have had theirs, so that memory holds one microbatch's activations."""
+        *earlier, last = range(len(update.microbatches))
+        for place in earlier:
+            self.begin_noise(batch_idx, update.first + place)
+            loss = self.microbatch_loss(update, place)
+            with torch.autocast(self.device.type, enabled=False):
+                self.trainer.strategy.backward(loss, None)
+        self.begin_noise(batch_idx, update.first + last)
+        return self.microbatch_loss(update, last)
 
-    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
+    def microbatch_loss(self, update: Update, place: int) -> Tensor:
+        """[] a microbatch's part of the loss whose gradient the update follows."""
+        batch = update.microbatches[place].to(self.device)
         scores = self.forward_scores(batch)
         if not self.scores_old:
             as_old = batch.replaced(old_logprobs=scores["logprobs"].detach())
-            self.watch_training_pass(as_old)
+            self.watch_training_pass(as_old, update, place)
             batch = as_old if "old_logprobs" in self.read_scores else batch
         loss = self.total_loss(scores, batch)
         self.means.update(loss.metrics, batch.weights.sum())
         self.divisor = batch.divisor
+        self.advance(1)
         return loss.loss_sum * self.loss_scale(batch)
 
-    def watch_training_pass(self, batch: RolloutBatch) -> None:
-        """Compares engine and trainer where old log-probs come from the training pass."""
-        accumulate, lora = self.trainer.accumulate_grad_batches, lora_of(self.policy)
-        over = self.gap_watch.note_training_pass(batch, accumulate)
+    def begin_noise(self, batch_idx: int, microbatch: int) -> None:
+        """Starts dropout's noise anew from where the run is, so that a resume repeats it."""
+        if (lora := lora_of(self.policy)) is not None and lora["dropout"] > 0:
+            place = self.ledger.updates, batch_idx, microbatch, self.trainer.global_rank
+            torch.manual_seed(derive_seed(self.noise_seed, "dropout", *place))
+
+    def watch_training_pass(self, batch: RolloutBatch, update: Update, place: int) -> None:
+        """Compares engine and trainer where old log-probs come from the training pass: in the first
+        update, since later ones have other weights than the engine had."""
+        watch, lora = self.gap_watch, lora_of(self.policy)
+        if update.place == 0:
+            watch.note(
+                batch.old_logprobs[batch.response_mask],
+                batch.sampler_logprobs[batch.response_mask],
+            )
+        over = update.last and place == len(update.microbatches) - 1 and watch.drawn
         if over and (lora is None or not lora["dropout"]):  # dropout moves log-probs by itself
-            self.gap_watch.check(self)
+            watch.check(self)
 
     def total_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput:
         """The policy's loss with what is added to it: KL, entropy, the critic's loss."""
@@ -515,18 +546,32 @@ class PolicyAlgorithm(lightning.LightningModule):
     def loss_scale(self, batch: RolloutBatch) -> float:
         """Factor that makes the step's gradient one weighted mean over all its tokens.
 
-        Ranks are averaged by the strategy and microbatches by Lightning. The two counts undo
-        those averages; the divisor, summed over both, then takes the mean once.
+        Ranks are averaged by the strategy, which their number undoes; the divisor, summed over
+        microbatches and ranks, then takes the mean once.
         """
         if batch.divisor == 0:
             return 0.0
-        return self.trainer.world_size * self.trainer.accumulate_grad_batches / batch.divisor
+        return self.trainer.world_size / batch.divisor
 
     def gap(self) -> dict[str, float]:
         """`rlzoo.diagnosis.causes.gap_figures` of the step so far, over all ranks; collective."""
         return self.gap_watch.figures()
 
-    # --- optimizer steps --------------------------------------------------------------------
+    # --- optimizer ----------------------------------------------------------------------------
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing: Lightning asks when some microbatches have had their backward pass."""
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Steps and frees the gradients, which no rollout step needs while it is drawn."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer_factory(self.parameter_groups())

@@ -73,7 +73,7 @@ class PPO(PolicyAlgorithm):
         critic = [p for p in self.critic.parameters() if p.requires_grad]
         return [actor, {"name": "critic", "params": critic, "lr": self.critic_lr}]
 
-    def piece_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
+    def policy_scores(self, batch: RolloutBatch) -> dict[str, Tensor]:
         """Adds `values` [B, T], of the state before each response token."""
         hidden = response_hidden(self.policy, batch)
         scores = response_scores(

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from rlzoo.algos.base import PolicyAlgorithm
+from rlzoo.learning.losses import LossOutput
 from rlzoo.ranks.exchange import all_gather
 from rlzoo.types import OptimizerFactory, PolicyFactory, RolloutBatch
 from rlzoo.values import AtLeast0, AtLeast1
@@ -21,8 +22,8 @@ class SFT(PolicyAlgorithm):
     over all tokens of the optimizer step, whatever its split into microbatches and ranks.
 
     Args:
-        policy, optimizer, scheduler, max_skipped_updates: as in `PolicyAlgorithm`.
-        max_tokens_per_microbatch: a larger microbatch is computed in checkpointed pieces.
+        policy, optimizer, scheduler, tokens_per_microbatch, max_skipped_updates: as in
+            `PolicyAlgorithm`.
     """
 
     scores, has_ratio = (), False
@@ -34,22 +35,20 @@ class SFT(PolicyAlgorithm):
         scheduler: Callable[[Optimizer], Any] | None = None,
         *,
         max_skipped_updates: AtLeast0 = 10,
-        max_tokens_per_microbatch: AtLeast1 = 32768,
+        tokens_per_microbatch: AtLeast1 | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(
             policy,
             optimizer,
             scheduler,
-            max_tokens_per_microbatch=max_tokens_per_microbatch,
+            tokens_per_microbatch=tokens_per_microbatch,
             max_skipped_updates=max_skipped_updates,
         )
 
-    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
-        scores = self.forward_scores(batch)
-        self.divisor = batch.divisor
+    def total_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput:
+        """-log pi, summed over the solutions' tokens."""
         loss_sum = -(batch.weights * scores["logprobs"]).sum()
-        self.means.update({"loss": loss_sum.detach()}, batch.weights.sum())
-        return loss_sum * self.loss_scale(batch)
+        return LossOutput(loss_sum, {"loss": loss_sum.detach()})
 
     @torch.no_grad()
     def mean_loss(self, batches: list[RolloutBatch]) -> float:

@@ -1,7 +1,7 @@
 """A callback that says where its run is, for `bench resume` to look at from outside.
 
 Rank 0 keeps two bytes in a memory-mapped file, so that what they say outlives a SIGKILL: the place
-of the outermost phase in PHASES, and the microbatches trained in the rollout step.
+of the outermost phase in PHASES, and the microbatches that the update in progress has trained on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class Watched(Callback):
     """
 
     def __init__(self, where: str) -> None:
-        self.training = False
         with Path(where).open("r+b") as file:
             self.where = mmap.mmap(file.fileno(), 2)
         if is_first():
@@ -52,11 +51,12 @@ class Watched(Callback):
 
     def look(self) -> None:
         phase = phase_of(HERE.phases[0]) if HERE.phases else "between"
-        if phase == "training" and not self.training:
-            self.where[1] = 0
-        self.training = phase == "training"
         self.where[0] = PHASES.index(phase)
+
+    def on_after_backward(self, *args: Any) -> None:
+        if is_first():
+            self.where[1] += 1
 
     def on_train_batch_end(self, *args: Any) -> None:
         if is_first():
-            self.where[1] += 1
+            self.where[1] = 0

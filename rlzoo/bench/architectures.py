@@ -123,7 +123,7 @@ def examine(name: str, kind: str, folder: Path) -> Row:
         UserError: rlzoo refuses it.
         Wrong: it says nothing, and is wrong.
     """
-    load, attention = loader(folder / "model")
+    load = partial(load_policy, str(folder / "model"))
     policy = load()
     batch = sequences_of(policy)
     gap = scoring_gap(policy, batch)
@@ -133,21 +133,11 @@ def examine(name: str, kind: str, folder: Path) -> Row:
     gap = max(gap, drawing_gap(policy, engine))
     if not gap <= LIMIT:
         raise Wrong(f"log-probs are {gap:.2g} nats off the model's own forward")
-    idle = check_training(policy, batch, load, folder, attention)
+    idle = check_training(policy, batch, load, folder)
     note = f"without gradient: {some(idle)}" if idle else ""
     cached = engine.decoder is CachedDecoder
+    attention = policy.config._attn_implementation or "eager"
     return Row(name, kind, "works", attention, "cache" if cached else "whole passes", gap, note)
-
-
-def loader(folder: Path) -> tuple[partial[PreTrainedModel], str]:
-    """A factory of the policy, with the default attention or the one that its refusal names."""
-    try:
-        load_policy(str(folder))
-    except UserError as error:
-        if "model.attention=eager" not in str(error):
-            raise
-        return partial(load_policy, str(folder), attention="eager"), "eager"
-    return partial(load_policy, str(folder)), "sdpa"
 
 
 def sequences_of(policy: PreTrainedModel) -> RolloutBatch:
@@ -206,7 +196,6 @@ def check_training(
     batch: RolloutBatch,
     load: partial[PreTrainedModel],
     folder: Path,
-    attention: str,
 ) -> list[str]:
     """An update changes weights; what is exported, or resumed from a checkpoint, is the same.
 
@@ -225,7 +214,7 @@ def check_training(
         raise Wrong(f"an update moved {len(moved)} of {len(before)} weights, or left NaN")
     scores = response_scores(policy, batch, 1.0).logprobs
     policy.save_pretrained(folder / "exported")
-    exported = load_policy(str(folder / "exported"), attention=attention).train()
+    exported = load_policy(str(folder / "exported")).train()
     if not torch.equal(response_scores(exported, batch, 1.0).logprobs, scores):
         raise Wrong("what is exported is not what was trained")
     torch.save([policy.state_dict(), optimizer.state_dict()], folder / "checkpoint")

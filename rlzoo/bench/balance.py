@@ -14,7 +14,7 @@ sharded (ZeRO-3, FSDP):
     update phase: waits at optimizer steps included, sum of the slowest over sum of the means;
     rollout step: as if ranks met at its end alone;
     optimizer step, microbatch: the worst single one;
-    padded: update phase in slots of padded microbatches, which is what is computed;
+    padded: update phase in slots, where rows are padded since the family cannot be packed;
     attention: update phase, tokens of an S token sequence at cost 1 + S / 18,432 (width 1,536).
 The sampling phase has the tokens that a rank expects to draw and those it draws, the prompt of
 every piece included. `shipped` is rlzoo's way (`rlzoo.data.shares`, every response expected at the
@@ -42,11 +42,11 @@ from torch import Tensor
 from rlzoo.allocators.gvm import GVMBudgets, gvm_weights
 from rlzoo.data.shares import Piece, share_out
 from rlzoo.errors import check_at_least
-from rlzoo.learning.microbatching import balance, plan_microbatches
+from rlzoo.learning.microbatching import balance, plan_updates
 
 LIMIT, PILOTS, LARGEST = 4096, 8, 150  # tokens; responses; responses
 ATTENTION = 12 * 1536  # sequence length at which attention costs as much as the rest
-ACCUMULATE, UPDATES = (1, 2, 4), (1, 4)
+BUDGETS, UPDATES = (4_096, 16_384, 65_536), (1, 4)  # tokens of a microbatch; optimizer steps
 
 Lengths = Callable[[np.random.Generator, float, int], np.ndarray]  # (rng, accept rate, n) -> [n]
 
@@ -113,23 +113,50 @@ def waiting(loads: Tensor) -> float:
     return float(loads.amax(0).sum() / loads.mean(0).sum())
 
 
-def update_phase(
-    step: Step, seed: int, ranks: int, accumulate: int, updates: int
-) -> dict[str, float]:
+def update_phase(step: Step, seed: int, ranks: int, budget: int, updates: int) -> dict[str, float]:
     """Slowest over mean, by what is waited for."""
-    tokens, padded, attention = torch.zeros(3, ranks, updates * accumulate, dtype=torch.double)
+    packed = loads(step, seed, ranks, budget, updates, padded=False)
+    padded = loads(step, seed, ranks, budget, updates, padded=True)
+    steps = torch.stack([load.tokens.sum(1) for load in packed], 1)  # [ranks, updates]
+    return {
+        "update phase": waiting(steps),
+        "rollout step": ratio(steps.sum(1)),
+        "optimizer step": max(map(ratio, steps.T)),
+        "microbatch": max(ratio(part) for load in packed for part in load.tokens.T),
+        "padded": waiting(torch.stack([load.slots.sum(1) for load in padded], 1)),
+        "attention": waiting(torch.stack([load.attention.sum(1) for load in packed], 1)),
+        "slots/token": float(sum(load.slots.sum() for load in padded) / steps.sum()),
+    }
+
+
+class Loads(NamedTuple):
+    """Of an optimizer step, each [ranks, microbatches]."""
+
+    tokens: Tensor
+    slots: Tensor  # if rows are padded
+    attention: Tensor
+
+
+def loads(
+    step: Step, seed: int, ranks: int, budget: int, updates: int, padded: bool
+) -> list[Loads]:
+    """What each rank computes in each optimizer step."""
     lengths = torch.tensor([int(n) for group in step.lengths for n in group])
     prompts = [
         n for n, budget in zip(step.prompt_tokens, step.budgets, strict=True) for _ in range(budget)
     ]
     sizes = [prompt + length for prompt, length in zip(prompts, lengths.tolist(), strict=True)]
+    found: list[list[list[tuple[float, ...]]]] = [
+        [[] for _ in range(ranks)] for _ in range(updates)
+    ]
     for rank in range(ranks):
-        plans = plan_microbatches(
+        plans = plan_updates(
             [[i] for i in range(len(sizes))],
             lengths,
             sizes,
             updates=updates,
-            accumulate=accumulate,
+            budget=budget,
+            padded=padded,
             rank=rank,
             world_size=ranks,
             aggregation="token_mean",
@@ -137,25 +164,13 @@ def update_phase(
             seed=0,
             rollout_step=seed,
         )
-        for place, plan in enumerate(plans):
-            mine = torch.tensor([sizes[i] for i in plan.rollouts], dtype=torch.double)
-            tokens[rank, place] = mine.sum()
-            padded[rank, place] = len(mine) * max(mine.tolist(), default=0)
-            attention[rank, place] = (mine * (1 + mine / ATTENTION)).sum()
-
-    def by_update(loads: Tensor) -> Tensor:
-        return loads.reshape(ranks, updates, accumulate).sum(2)  # [ranks, updates]
-
-    steps = by_update(tokens)
-    return {
-        "update phase": waiting(steps),
-        "rollout step": ratio(steps.sum(1)),
-        "optimizer step": max(map(ratio, steps.T)),
-        "microbatch": max(map(ratio, tokens.T)),
-        "padded": waiting(by_update(padded)),
-        "attention": waiting(by_update(attention)),
-        "slots/token": float(padded.sum() / tokens.sum()),
-    }
+        for place, parts in enumerate(plans):
+            for part in parts:
+                mine = torch.tensor([sizes[i] for i in part.rollouts], dtype=torch.double)
+                slots = len(mine) * max(mine.tolist(), default=0)
+                attention = (mine * (1 + mine / ATTENTION)).sum()
+                found[place][rank].append((float(mine.sum()), slots, float(attention)))
+    return [Loads(*torch.tensor(place, dtype=torch.double).movedim(-1, 0)) for place in found]
 
 
 # --- sampling phase -----------------------------------------------------------------------------
@@ -226,10 +241,10 @@ def main(argv: list[str]) -> None:
     for name in DISTRIBUTIONS:
         for seed in range(args.seeds):
             step = make_step(name, args.prompts, args.responses, seed)
-            for accumulate in ACCUMULATE:
+            for budget in BUDGETS:
                 for updates in UPDATES:
-                    found = update_phase(step, seed, args.ranks, accumulate, updates)
-                    update.setdefault((name, accumulate, updates), []).append(found)
+                    found = update_phase(step, seed, args.ranks, budget, updates)
+                    update.setdefault((name, budget, updates), []).append(found)
             for way, figures in sampling_phase(step, args.ranks).items():
                 sampling.setdefault((name, way), []).append(figures)
     worst = {case: worst_of(found) for case, found in update.items()}
@@ -245,10 +260,10 @@ def worst_of(found: list[dict[str, float]]) -> dict[str, float]:
 def print_update(worst: dict[tuple[str, int, int], dict[str, float]]) -> None:
     columns = list(next(iter(worst.values())))
     print("update phase: slowest rank over the mean, worst seed")
-    print(f"{'lengths':<11}{'accumulate':>11}{'updates':>9}" + "".join(f"{c:>16}" for c in columns))
-    for (name, accumulate, updates), figures in worst.items():
+    print(f"{'lengths':<11}{'budget':>11}{'updates':>9}" + "".join(f"{c:>16}" for c in columns))
+    for (name, budget, updates), figures in worst.items():
         row = "".join(f"{figures[column]:>16.3f}" for column in columns)
-        print(f"{name:<11}{accumulate:>11}{updates:>9}{row}")
+        print(f"{name:<11}{budget:>11}{updates:>9}{row}")
 
 
 def print_sampling(sampling: dict[tuple[str, str], list[Drawn]]) -> None:

@@ -34,16 +34,13 @@ class GVM(Replan):
     Args:
         run_dir: see Replan.
         pilots: responses per prompt, N' in the paper.
-        max_tokens: of one forward pass over pilots; bounds memory.
     """
 
     uses_engine = True
 
-    def __init__(
-        self, run_dir: PathText, pilots: AtLeast1 = 8, max_tokens: AtLeast1 = 16384
-    ) -> None:
+    def __init__(self, run_dir: PathText, pilots: AtLeast1 = 8) -> None:
         super().__init__(run_dir)
-        self.pilots, self.max_tokens = pilots, max_tokens
+        self.pilots = pilots
 
     def observe(
         self, run: Run, data: RolloutDataModule, algo: PolicyAlgorithm, prompts: list[Prompt]
@@ -74,7 +71,7 @@ class GVM(Replan):
                 rollouts,
                 indices.tolist(),
                 temperature=data.params.temperature,
-                max_tokens=self.max_tokens,
+                max_tokens=algo.tokens_per_microbatch,
             )
         sums = torch.zeros(len(rollouts)).index_add(0, indices, norms)
         mean_norms = [

@@ -1,5 +1,5 @@
 """Where the loop meets Lightning's: its parts, what Lightning trains on, and the boundary after the
-last microbatch of each rollout step."""
+last update of each rollout step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rlzoo.callbacks.validation import Validation
 from rlzoo.callbacks.weight_sync import WeightSync
 from rlzoo.errors import UserError
 from rlzoo.models.checkpoints import run_state
-from rlzoo.types import RolloutBatch
+from rlzoo.types import Update
 
 Data = TypeVar("Data", bound=Cursor)
 Algo = TypeVar("Algo", bound=PolicyAlgorithm)
@@ -77,20 +77,20 @@ class Parts:
         return [part for part in found if part is not None]
 
 
-class Microbatches:
-    """What Lightning trains on: an epoch's microbatches, made as it asks for them.
+class Updates:
+    """What Lightning trains on: an epoch's updates, made as it asks for them.
 
     The constant length matters: Lightning prefetches from an unsized loader, which would draw a
     step before the last one has been trained on.
     """
 
-    def __init__(self, epoch: Callable[[], Iterator[RolloutBatch]], length: int) -> None:
+    def __init__(self, epoch: Callable[[], Iterator[Update]], length: int) -> None:
         self.epoch, self.length = epoch, length
 
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[RolloutBatch]:
+    def __iter__(self) -> Iterator[Update]:
         return self.epoch()
 
 
@@ -129,39 +129,34 @@ class Seam(Callback, Generic[Data, Algo]):
                     " for it. Leave it out."
                 )
         self.run, self.data, self.algo, self.parts, self.begun = run, data, algo, parts, begun
-        self._training = ExitStack()  # phase and bar of training, while it lasts
-        self._advance: Callable[[int], None] | None = None
+        self._training: ExitStack | None = None  # phase and bar of training, while it lasts
+        self.due = 0  # microbatches of the rollout step in training
 
     @property
     def updates_per_step(self) -> int:
         raise NotImplementedError
-
-    @property
-    def microbatches_per_step(self) -> int:
-        return self.updates_per_step * self.algo.trainer.accumulate_grad_batches
 
     def boundary(self, trainer: Trainer) -> None:
         """What happens between two rollout steps."""
         raise NotImplementedError
 
     def on_train_batch_start(self, *args: Any) -> None:
-        if self._advance is None:
-            bar = self.run.bars.phase("training", self.microbatches_per_step, "microbatches")
+        if self._training is None:
+            self._training = ExitStack()
             self._training.enter_context(self.run.ledger.phase("training"))
-            self._advance = self._training.enter_context(bar)
+            bar = self.run.bars.phase("training", self.due, "microbatches")
+            self.algo.advance = self._training.enter_context(bar)
 
     def on_train_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: RolloutBatch,
+        update: Update,
         batch_idx: int,
     ) -> None:
-        if self._advance is not None:
-            self._advance(1)
         self.postpone_stop(trainer)
-        if batch.last:
+        if update.last:
             self.end_training()
             refuse_broken_update(self.algo, self.run.ledger.updates)
             self.run.settle_end(self.data, trainer.max_epochs)
@@ -197,8 +192,9 @@ class Seam(Callback, Generic[Data, Algo]):
         self.end_training()
 
     def end_training(self) -> None:
-        self._training.close()
-        self._advance = None
+        if self._training is not None:
+            self._training.close()
+        self._training = None
 
     def state_dict(self) -> dict[str, Any]:
         return self.run.state_dict()

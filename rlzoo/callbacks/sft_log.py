@@ -12,9 +12,10 @@ class SFTLog(Callback):
 
     def write(self, run: Run, data: SFTDataModule, algo: SFT) -> None:
         """Takes the loss of the validation batches, and writes the row; collective."""
-        if data.val_batches:
+        if data.val_pairs:
             with run.ledger.phase("validating"):
-                run.row["val/loss"] = algo.mean_loss(data.val_batches)
+                batches = data.validation(algo.tokens_per_microbatch, algo.pads)
+                run.row["val/loss"] = algo.mean_loss(batches)
         figures = algo.means.compute()
         algo.means.reset()
         algo.grad_norms.clear()

@@ -21,7 +21,7 @@ from rlzoo.engines.base import SamplingParams
 from rlzoo.errors import UserError
 from rlzoo.models.limits import check_length, check_prompts, limits_of
 from rlzoo.rng import derive_seed
-from rlzoo.types import Prompt, RolloutBatch, Rollouts
+from rlzoo.types import Prompt, Rollouts, Update
 from rlzoo.values import AtLeast0, AtLeast1, PathText, Positive, Seed, ShareAbove0
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.replay_files = [] if replay is None else rollout_files(replay, "replay")
         self.train_prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
-        self.loader: Iterable[RolloutBatch] = ()
+        self.loader: Iterable[Update] = ()
         self.rollout_step = self.epoch = 0
         self.budgets: dict[str, int] | None = None
         self.next_prompt = self.drawn = 0  # within the epoch's shard
@@ -211,7 +211,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         ended = self.replay_files and self.rollout_step >= len(self.replay_files)
         return f"the end of replay={self.replay}" if ended else None
 
-    def train_dataloader(self) -> Iterable[RolloutBatch]:
+    def train_dataloader(self) -> Iterable[Update]:
         return self.loader
 
     # --- resume -----------------------------------------------------------------------------

@@ -18,11 +18,12 @@ from rlzoo.data.leaks import tell_shared
 from rlzoo.data.prompts import PromptSource
 from rlzoo.data.rollout_files import accepted
 from rlzoo.errors import UserError
+from rlzoo.learning.microbatching import in_bins, size_of
 from rlzoo.models.limits import check_example, limits_of
 from rlzoo.ranks.exchange import world
 from rlzoo.report.ledger import Limits
 from rlzoo.rng import derive_seed
-from rlzoo.types import BatchRow, Prompt, RolloutBatch, collate
+from rlzoo.types import BatchRow, Prompt, RolloutBatch, Update, collate
 from rlzoo.values import AtLeast1, PathText, Seed
 
 Pair = tuple[str, str] | tuple[Sequence[int], Sequence[int]]  # question and solution, or token ids
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 ANY_LENGTH = 2**31  # tokens; limits are looked at by `fitting`
 CHUNK = 4096  # examples measured at once
-POOL = 16  # batches sorted by length together, so that little is padding
+POOL = 16  # updates sorted by length together, so that little is padding
 
 
 class SFTDataModule(lightning.LightningDataModule):
@@ -43,7 +44,7 @@ class SFTDataModule(lightning.LightningDataModule):
         tokenizer: encodes both; solutions end with its end-of-sequence token.
         corpus: (question, solution) pairs by index, instead of the train split.
         rollouts: a run's rollouts/, or a file in it: trains on its right responses instead.
-        batch_size: examples per microbatch, over all ranks.
+        batch_size: examples per update, over all ranks.
         updates_per_step: updates between two boundaries (log, checkpoint).
         max_prompt_tokens: limit of prompts.
         max_response_tokens: limit of solutions, their end-of-sequence token included.
@@ -84,8 +85,9 @@ class SFTDataModule(lightning.LightningDataModule):
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.on_too_long, self.seed = on_too_long, seed
         self._pool: tuple[int, list[Pair]] = (-1, [])  # its number, and its examples by length
-        self.val_batches: list[RolloutBatch] = []
-        self.loader: Iterable[RolloutBatch] = ()
+        self.val_pairs: Sequence[Pair] = ()
+        self._validation: list[RolloutBatch] = []  # made at the first
+        self.loader: Iterable[Update] = ()
         self.rollout_step, self.exact = 0, True
         self._fingerprint: dict[str, Any] = {}  # computed once
 
@@ -120,14 +122,10 @@ class SFTDataModule(lightning.LightningDataModule):
                 f"{len(prompts) - len(written)} of {len(prompts)} validation prompts have no worked"
                 " solution: val/loss is of the others."
             )
-        pairs: Sequence[Pair] = ()
         held_out: set[int] = set()
         if written:
-            pairs, held_out = self.fitting(solved(written), "the validation split")
+            self.val_pairs, held_out = self.fitting(solved(written), "the validation split")
         tell_shared(trained, held_out)
-        size = self.batch_size
-        starts = range(0, len(pairs), size)
-        self.val_batches = [self.batch(pairs[i : i + size], *world()) for i in starts]
 
     def fitting(self, pairs: Sequence[Pair], what: str) -> tuple[Sequence[Pair], set[int]]:
         """The examples within the limits of length, and hashes of their prompts' token ids.
@@ -192,42 +190,58 @@ class SFTDataModule(lightning.LightningDataModule):
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return prompts, [torch.tensor([*x, self.tokenizer.eos_token_id]) for x in ids]
 
-    def batch(self, pairs: Sequence[Pair], rank: int = 0, world_size: int = 1) -> RolloutBatch:
-        """A microbatch in which every response token weighs 1; a rank takes its share of the rows,
-        and the divisor counts all."""
-        return self.update([pairs], rank, world_size)[0]
-
     def update(
-        self, parts: Sequence[Sequence[Pair]], rank: int = 0, world_size: int = 1
-    ) -> list[RolloutBatch]:
-        """The microbatches of an optimizer step, a rank's rows of each; the divisor counts the
-        tokens of all microbatches and ranks, so that the gradient is one mean over them."""
-        encoded = [self.encode(pairs) for pairs in parts]
-        for prompts, responses in encoded:  # not all of a corpus was looked at
-            for prompt, response in zip(prompts, responses, strict=True):
-                if reason := self.too_long(len(prompt.token_ids), len(response)):
-                    raise UserError(f"An example of the corpus has {reason}. Raise the limit.")
-        divisor = float(sum(len(r) for _, responses in encoded for r in responses))
-        batches = []
-        for prompts, responses in encoded:
-            mine = zip(prompts[rank::world_size], responses[rank::world_size], strict=True)
-            rows = [BatchRow(prompt.token_ids, response) for prompt, response in mine]
-            batches.append(collate(rows, self.tokenizer.pad_token_id, divisor))
-        return batches
+        self,
+        pairs: Sequence[Pair],
+        budget: int,
+        padded: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Update:
+        """An optimizer step on some examples, a rank's share of them in microbatches; the divisor
+        counts the tokens of all, so that the gradient is one mean over them.
 
-    def updates(self, accumulate: int) -> Iterator[list[RolloutBatch]]:
-        """This rank's microbatches of each update of the next block; the corpus wraps."""
-        size = self.updates_per_step * accumulate
-        first = self.rollout_step * size
+        Args:
+            budget, padded: see `rlzoo.learning.microbatching.in_bins`.
+        """
+        prompts, responses = self.encode(pairs)
+        rows = [
+            BatchRow(prompt.token_ids, response)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        for row in rows:  # not all of a corpus was looked at
+            if reason := self.too_long(len(row.prompt_ids), len(row.response_ids)):
+                raise UserError(f"An example of the corpus has {reason}. Raise the limit.")
+        divisor = float(sum(len(row.response_ids) for row in rows))
+        sizes = [size_of([len(row.prompt_ids) + len(row.response_ids)]) for row in rows]
+        parts = in_bins(sizes, world_size, budget, padded)[rank]
+        pad = self.tokenizer.pad_token_id
+        return Update([collate([rows[i] for i in part], pad, divisor) for part in parts])
+
+    def updates(self, budget: int, padded: bool) -> Iterator[Update]:
+        """This rank's part of each update of the next block; the corpus wraps."""
+        first = self.rollout_step * self.updates_per_step
         self.rollout_step += 1
-        for start in range(first, first + size, accumulate):
-            parts = [self.examples(index) for index in range(start, start + accumulate)]
-            batches = self.update(parts, *world())
-            batches[-1].last = start + accumulate == first + size
-            yield batches
+        for place in range(self.updates_per_step):
+            update = self.update(self.examples(first + place), budget, padded, *world())
+            update.place, update.last = place, place == self.updates_per_step - 1
+            yield update
+
+    def validation(self, budget: int, padded: bool) -> list[RolloutBatch]:
+        """This rank's microbatches of the validation examples."""
+        if not self._validation and self.val_pairs:
+            batches = range(0, len(self.val_pairs), self.batch_size)
+            self._validation = [
+                batch
+                for start in batches
+                for batch in self.update(
+                    self.val_pairs[start : start + self.batch_size], budget, padded, *world()
+                ).microbatches
+            ]
+        return self._validation
 
     def examples(self, index: int) -> list[Pair]:
-        """The examples of a run's microbatch: alike in length, in a seeded order of pools."""
+        """The examples of a run's update: alike in length, in a seeded order of pools."""
         pool, place = divmod(index, POOL)
         if self._pool[0] != pool:
             num = self.batch_size * POOL
@@ -247,7 +261,7 @@ class SFTDataModule(lightning.LightningDataModule):
     def exhausted(self) -> str | None:
         return None  # the corpus wraps
 
-    def train_dataloader(self) -> Iterable[RolloutBatch]:
+    def train_dataloader(self) -> Iterable[Update]:
         return self.loader
 
     def state_dict(self) -> dict[str, Any]:

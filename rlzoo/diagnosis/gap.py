@@ -12,7 +12,7 @@ from rlzoo.diagnosis.probe import Trainee
 from rlzoo.diagnosis.suspects import sample_of, suspects
 from rlzoo.errors import UserError
 from rlzoo.ranks.exchange import all_gather
-from rlzoo.types import RolloutBatch, Rollouts
+from rlzoo.types import Rollouts
 
 LATER = 5.0  # times the first step's gap that a later one may have, where that is over the limit
 
@@ -34,7 +34,7 @@ class GapWatch:
 
     def begin(self, rollouts: Rollouts | None = None) -> None:
         """Forgets the rollout step before; `rollouts` are those of the one that begins."""
-        self.rollouts, self.microbatches = rollouts, 0  # trained so far
+        self.rollouts = rollouts
         self.gaps: list[Tensor] = []  # [tokens] each, nats, of this rank
         self.odd = [0, 0]  # log-probs that are not finite, of the trainer and of the engine
         self.odd_anywhere = [0, 0]  # the same over all ranks, once `figures` has been called
@@ -47,22 +47,10 @@ class GapWatch:
         self.gaps.append((logprobs - sampler_logprobs).abs().float().cpu())
         self._figures = None
 
-    def note_training_pass(self, batch: RolloutBatch, accumulate: int) -> bool:
-        """Notes the gap of a step whose old log-probs come from the training pass.
-
-        That is the gap of its first update; later ones have other weights than the engine had.
-
-        Args:
-            accumulate: microbatches of an update.
-
-        Returns:
-            Whether the step is over and was drawn by the engine, so that its gap can be checked.
-        """
-        self.microbatches += 1
-        if self.microbatches <= accumulate:
-            mask = batch.response_mask
-            self.note(batch.old_logprobs[mask], batch.sampler_logprobs[mask])
-        return batch.last and self.rollouts is not None and not self.rollouts.replayed
+    @property
+    def drawn(self) -> bool:
+        """Whether an engine of this run drew the rollout step, so that its gap can be checked."""
+        return self.rollouts is not None and not self.rollouts.replayed
 
     def figures(self) -> dict[str, float]:
         """`gap_figures` of the rollout step so far, over all ranks; collective if tokens were

@@ -26,8 +26,8 @@ from rlzoo.engines.base import (
 )
 from rlzoo.engines.decoding import choose_decoder
 from rlzoo.engines.shapes import checked_weights
-from rlzoo.models.checks import check_placed
 from rlzoo.models.logprobs import sequence_logprobs
+from rlzoo.models.packed import check_placed
 from rlzoo.models.policy import without_lora
 from rlzoo.rng import uniforms
 from rlzoo.types import PolicyFactory

@@ -26,7 +26,12 @@ register()
 
 HOME = re.compile(r"(?<=[=,\[:])~[^\s,\[\]{}()=:]*")  # a path of the home folder in an override
 # Dotted keys that were, and what has become of each: for command lines and files from then.
-RENAMED = {"callbacks.training_phase": "is the loop's own now: leave it out"}
+RENAMED = {
+    "callbacks.training_phase": "is the loop's own now: leave it out",
+    "algo.max_tokens_per_microbatch": "is algo.tokens_per_microbatch now, of real tokens",
+    "sampler.callback.max_tokens": "is algo.tokens_per_microbatch now, the same for all passes",
+    "trainer.accumulate_grad_batches": "has gone: algo.tokens_per_microbatch splits an update",
+}
 MIN_LIKENESS = 0.7  # of two names, by difflib's ratio, for one to be offered for the other
 
 

@@ -46,11 +46,6 @@ RULES = (
     ("debug", "free"),
     ("doctor", "free"),
     ("val_every", "free"),
-    ("sizes.prompts_per_epoch", "fixed"),  # as the keys that read them
-    ("sizes.responses_per_step", "fixed"),
-    ("sizes.max_response_tokens", "weights"),
-    ("sizes.max_solution_tokens", "weights"),
-    ("sizes.*", "free"),
     ("limits.*", "free"),
     ("logger*", "free"),
     ("hydra.*", "free"),
@@ -87,7 +82,8 @@ RULES = (
     ("trainer.deterministic", "rounding"),
     ("trainer.benchmark", "rounding"),
     ("trainer*", "free"),
-    ("algo.max_tokens_per_microbatch", "rounding"),
+    ("algo.tokens_per_microbatch", "rounding"),
+    ("algo.max_tokens_per_microbatch", "rounding"),  # of older checkpoints
     ("algo.max_logprob_gap", "free"),
     ("algo.max_skipped_updates", "free"),
 )

@@ -52,7 +52,7 @@ TOP: dict[str, Any] = {  # the values of train.yaml itself, and those that model
     "replay": PathText | None,
     "doctor": bool,
     "debug": bool,
-    "val_every": AtLeast0 | Literal["auto"],
+    "val_every": AtLeast0,
     "lr": NonNegative,
     "critic_lr": Positive,
 }
@@ -117,7 +117,7 @@ def check_settings(cfg: DictConfig) -> None:
         elif isinstance(found.value, str) and found.value.startswith("~") and is_path(annotation):
             OmegaConf.update(cfg, found.key, expanduser(found.value))
     names = set(all_keys(cfg)) & RENAMED.keys()
-    problems = {**later, **problems, **{key: f"{RENAMED[key]}." for key in names}}
+    problems = {**later, **{key: f"{RENAMED[key]}." for key in names}, **problems}
     if not problems:
         problems = trial(cfg)
     if problems:

@@ -16,7 +16,7 @@ from lightning import Trainer
 from rlzoo.values import AtLeast1, NonNegative, Refused, Says, fits, refuses
 
 # What rlzoo reads too.
-READ = ("strategy", "accelerator", "devices", "num_nodes", "accumulate_grad_batches")
+READ = ("strategy", "accelerator", "devices", "num_nodes")
 LIMIT = "It ends a run without closing it: use limits.max_responses, max_updates, max_seconds"
 BOUNDARY = "It does nothing here, for rlzoo validates at boundaries: use val_every"
 ROLLOUTS = "It does nothing here: data.* and datamodule.* say how much is trained on"
@@ -28,7 +28,6 @@ ACTS: dict[str, Any] = {
     "precision": Literal[
         "32-true", "bf16-mixed", "bf16-true", "64-true", 32, "32", 64, "64", "bf16", None
     ],
-    "accumulate_grad_batches": AtLeast1,
     "max_epochs": Annotated[Literal[-1] | AtLeast1, Says("-1 leaves the end to limits.*")],
     "gradient_clip_val": Annotated[NonNegative | None, Says("0 and null are off")],
     "deterministic": bool | Literal["warn"] | None,
@@ -45,6 +44,10 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_time": ((None,), LIMIT),
     "fast_dev_run": ((False,), f"{LIMIT}; doctor=true looks at one rollout step"),
     "gradient_clip_algorithm": ((None, "norm"), "rlzoo clips by the norm of each parameter group"),
+    "accumulate_grad_batches": (
+        (1,),
+        "An update is split by tokens: use algo.tokens_per_microbatch",
+    ),
     "limit_train_batches": ((None, 1.0), ROLLOUTS),
     "overfit_batches": ((0.0, 0), ROLLOUTS),
     "limit_val_batches": ((0, 0.0), "callbacks.validation validates, at boundaries: use val_every"),

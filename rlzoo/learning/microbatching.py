@@ -15,6 +15,7 @@ from rlzoo.types import Credit, RolloutBatch, Rollouts, collate
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length"]
 AGGREGATIONS = get_args(Aggregation)
+AUTO_TOKENS = 16384  # of a microbatch, where nothing has told how many fit
 
 
 class TokenWeights(NamedTuple):
@@ -72,19 +73,66 @@ def balance(costs: Sequence[float], parts: int) -> list[list[int]]:
     return split
 
 
-def balance_ranks(costs: Sequence[float], ranks: int, accumulate: int) -> list[list[int]]:
-    """Splits an optimizer step over ranks, then each rank's share over its microbatches.
+class Size(NamedTuple):
+    """Of what must not be split: a rollout, or a pair of them."""
 
-    Ranks come first because they wait for each other at the end of the step: what one of them has
-    in all matters more than what is in a microbatch.
+    rows: int
+    longest: int  # tokens of its longest row, prompt included
+    tokens: int  # of all its rows
+
+
+def in_bins(
+    sizes: Sequence[Size], ranks: int, budget: int, padded: bool = False
+) -> list[list[list[int]]]:
+    """Shares an optimizer step out to ranks, by tokens, then each share to microbatches.
+
+    Ranks come first because they wait for each other at the end of the step. All have as many
+    microbatches, which is as many as the one that needs most: where weights are sharded, every
+    pass is an exchange that all take part in.
+
+    Args:
+        budget: tokens of a microbatch. One that holds a single item may have more.
+        padded: whether rows will be padded to the longest of their microbatch, so that the budget
+            is of slots, and rows of like length go together.
 
     Returns:
-        `ranks * accumulate` parts, those of a rank together; indices into `costs`.
+        For each rank its microbatches, each as indices into `sizes`; one may be empty.
     """
-    parts = []
-    for share in balance(costs, ranks):
-        inner = balance([costs[i] for i in share], accumulate)
-        parts += [[share[place] for place in part] for part in inner]
+    shares = balance([size.tokens for size in sizes], ranks)
+    split = [(alike if padded else even)([sizes[i] for i in share], budget) for share in shares]
+    count = max(map(len, split))
+    if not padded:  # no rank has an empty one, if it has enough to share out
+        split = [balance([sizes[i].tokens for i in share], count) for share in shares]
+    found = [
+        [[share[i] for i in part] for part in parts]
+        for share, parts in zip(shares, split, strict=True)
+    ]
+    return [parts + [[]] * (count - len(parts)) for parts in found]
+
+
+def even(sizes: Sequence[Size], budget: int) -> list[list[int]]:
+    """As few parts as hold at most `budget` tokens each, of nearly as many tokens."""
+    tokens = [size.tokens for size in sizes]
+    limit = max([budget, *tokens])
+    count = max(1, -(-sum(tokens) // limit))
+    while True:
+        parts = balance(tokens, count)
+        if max(sum(tokens[i] for i in part) for part in parts) <= limit:
+            return parts
+        count += 1
+
+
+def alike(sizes: Sequence[Size], budget: int) -> list[list[int]]:
+    """Parts of like length, of at most `budget` slots each once rows are padded."""
+    parts: list[list[int]] = [[]]
+    rows, width = 0, 0
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i].longest, i)):
+        if parts[-1] and (rows + sizes[i].rows) * width > budget:
+            parts.append([])
+            rows = 0
+        width = width if parts[-1] else sizes[i].longest
+        parts[-1].append(i)
+        rows += sizes[i].rows
     return parts
 
 
@@ -96,7 +144,7 @@ class Plan(NamedTuple):
     divisor: float
 
 
-def plan_microbatches(
+def plan_updates(
     units: Sequence[Sequence[int]],
     lengths: Tensor,
     num_tokens: Sequence[int],
@@ -104,18 +152,19 @@ def plan_microbatches(
     *,
     updates: int,
     passes: int = 1,
-    accumulate: int,
+    budget: int,
+    padded: bool = False,
     rank: int,
     world_size: int,
     aggregation: str,
     max_length: int,
     seed: int,
     rollout_step: int,
-) -> list[Plan]:
-    """Exactly `passes * updates * accumulate` microbatches for this rank, balanced by tokens.
+) -> list[list[Plan]]:
+    """The microbatches of this rank in each of `passes * updates` optimizer steps.
 
-    Every rank makes the whole plan of the same rollouts and keeps its own part, so divisors need
-    no communication.
+    Every rank makes the whole plan of the same rollouts and keeps its own part, so neither divisors
+    nor the number of microbatches need communication.
 
     Args:
         units: indices of the rollouts that train, those that must not be split together.
@@ -124,23 +173,29 @@ def plan_microbatches(
         weights: [N] float32, what each rollout counts for; None is 1.
         updates: optimizer steps of a pass over the units.
         passes: times that all units are trained on, each time in another order.
-        accumulate: microbatches per optimizer step and rank.
+        budget, padded: see `in_bins`.
     """
     weights = torch.ones(len(lengths)) if weights is None else weights
-    costs = [sum(num_tokens[i] for i in unit) for unit in units]
-    plans = []
+    sizes = [size_of([num_tokens[i] for i in unit]) for unit in units]
+    steps = []
     for pass_ in range(passes):
         order = derive_seed(seed, "updates", rollout_step, pass_)
         for update in split_updates(len(units), updates, order):
             index = torch.tensor([i for u in update for i in units[u]], dtype=torch.long)
             token = token_weights(lengths[index], weights[index], aggregation, max_length)
             per_token = dict(zip(index.tolist(), token.per_token, strict=True))
-            parts = balance_ranks([costs[u] for u in update], world_size, accumulate)
-            for part in parts[rank * accumulate : (rank + 1) * accumulate]:
+            plans = []
+            for part in in_bins([sizes[u] for u in update], world_size, budget, padded)[rank]:
                 mine = [i for place in part for i in units[update[place]]]
                 stacked = torch.stack([per_token[i] for i in mine]) if mine else torch.zeros(0)
                 plans.append(Plan(mine, stacked, token.divisor))
-    return plans
+            steps.append(plans)
+    return steps
+
+
+def size_of(tokens: Sequence[int]) -> Size:
+    """Size of rows that stay together, from the tokens of each."""
+    return Size(len(tokens), max(tokens), sum(tokens))
 
 
 def microbatch(rollouts: Rollouts, plan: Plan, credit: Credit, pad_token_id: int) -> RolloutBatch:

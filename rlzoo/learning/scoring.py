@@ -6,43 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rlzoo.learning.microbatching import of_like_length
 from rlzoo.ranks.exchange import all_gather, world
 from rlzoo.types import NoSuchScore, RolloutBatch, Rollouts, collate
 
 Scores = dict[str, Tensor]  # [B, T] each, by name
-
-
-def in_pieces(
-    batch: RolloutBatch, max_tokens: int, scores_of: Callable[[RolloutBatch], Scores]
-) -> Scores:
-    """`scores_of` a microbatch, in pieces if it is too large: each is recomputed in the backward
-    pass, so that memory stays bounded."""
-    pieces = batch.piece_rows(max_tokens)
-    if len(pieces) == 1:
-        return scores_of(batch)
-    padded = batch.with_rows(len(pieces)).tensors()
-
-    def piece(rows: slice) -> Scores:
-        tensors = {name: tensor[rows] for name, tensor in padded.items()}
-        return scores_of(RolloutBatch(tensors, batch.divisor))
-
-    if torch.is_grad_enabled():
-        parts = [checkpoint(piece, rows, use_reentrant=False) for rows in pieces]
-    else:
-        parts = [piece(rows) for rows in pieces]
-    count = len(batch.input_ids)
-    return {name: torch.cat([part[name] for part in parts])[:count] for name in parts[0]}
-
-
-def agree_on_pieces(batches: Sequence[RolloutBatch], max_tokens: int) -> None:
-    """Gives each microbatch as many pieces as the rank that needs most: where weights are sharded,
-    every forward pass is an exchange that all ranks must take part in."""
-    needed = [batch.pieces_needed(max_tokens) for batch in batches]
-    for batch, counts in zip(batches, zip(*all_gather(needed), strict=True), strict=True):
-        batch.pieces = max(counts)
 
 
 def declared(

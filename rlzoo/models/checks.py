@@ -22,7 +22,7 @@ from rlzoo.models.logits import backbone_of, transform_of, vocabulary_size
 TOKENS = 16  # of the sequence that is compared
 TOLERANCE = 1e-4  # nats, where log-probs are above -10; grows with the largest one
 HALF_TOLERANCE = 2**-5  # the same in half precision
-ON_CPUS = ("eager", "sdpa")  # attentions that run anywhere
+ON_CPUS = ("eager", "sdpa", "packed")  # attentions that run anywhere
 LOGIT_WORDS = ("logit", "lm_head", "scal", "multipl", "softcap")  # in keys of a configuration
 
 
@@ -52,13 +52,6 @@ def check_policy(policy: PreTrainedModel, source: str) -> None:
         trained = rlzoo_logprobs(policy, longer, source)[: len(own)]
     if not gap(policy, trained, own) <= 1:
         raise UserError(f"{source}: {problem(policy, ids, longer, own, source)}")
-
-
-def check_placed(policy: PreTrainedModel) -> None:
-    """`check_policy` of a policy that could not run where it was loaded; collective."""
-    source = vars(policy).pop("unchecked", None)
-    if source is not None:
-        check_policy(policy, source)
 
 
 def can_be_checked(policy: PreTrainedModel) -> bool:

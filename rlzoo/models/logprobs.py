@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rlzoo.models.gather import through
 from rlzoo.models.logits import PLAIN, LogitTransform, backbone_of, transform_of, vocabulary_size
+from rlzoo.models.packed import is_packed, packed_hidden
 from rlzoo.types import BatchRow, RolloutBatch, collate
 
 CHUNK_ELEMENTS = 2**26  # logits held at once, elements of float32 (256 MiB)
@@ -67,12 +68,18 @@ def token_scores(
 def response_hidden(policy: PreTrainedModel, batch: RolloutBatch) -> Tensor:
     """[M, D] hidden states that predict the M response tokens of a microbatch, row by row.
 
-    Rows are padded on the right, so causal attention alone keeps padding out of every response.
+    Over real tokens alone where the policy can (`rlzoo.models.packed`). Elsewhere rows are padded
+    on the right, so that causal attention keeps padding out of every response.
     """
+    rows, offsets = batch.response_mask.nonzero(as_tuple=True)
+    places = batch.prompt_lengths[rows] - 1 + offsets
+    if is_packed(policy):
+        lengths = batch.prompt_lengths + batch.response_mask.sum(-1)
+        starts = lengths.cumsum(0) - lengths
+        return packed_hidden(policy, batch.input_ids, lengths)[starts[rows] + places]
     passed = backbone_of(policy)(input_ids=batch.input_ids, use_cache=False)
     hidden: Tensor = passed.last_hidden_state
-    rows, offsets = batch.response_mask.nonzero(as_tuple=True)
-    return hidden[rows, batch.prompt_lengths[rows] - 1 + offsets]
+    return hidden[rows, places]
 
 
 def response_scores(

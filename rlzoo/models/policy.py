@@ -22,6 +22,7 @@ from rlzoo.models.limits import check_tokenizer, set_limits
 from rlzoo.models.loading import check_finite, load_config, load_model, model_directory, some
 from rlzoo.models.lora import add_lora
 from rlzoo.models.noise import switch_off_noise
+from rlzoo.models.packed import AUTO, loaded_with, settle_attention
 from rlzoo.types import PolicyFactory
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 def load_policy(
     path: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    attention: str = "sdpa",
-    gradient_checkpointing: bool | Literal["auto"] = False,
+    attention: str = AUTO,
+    gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     init_from: str | None = None,
     lora: Mapping[str, Any] | None = None,
@@ -41,9 +42,9 @@ def load_policy(
     Args:
         path: see `model_directory`.
         dtype: of the weights: float32, bfloat16 or float16.
-        attention: transformers' attn_implementation.
-        gradient_checkpointing: recompute activations in the backward pass; "auto" where there is
-            CUDA and the family can.
+        attention: transformers' attn_implementation, "packed" (rows stand one after another), or
+            "auto": packed where the family can be, else sdpa, or eager.
+        gradient_checkpointing: recompute activations in the backward pass.
         trust_remote_code: run code that a hub model brings along.
         init_from: takes the weights, and nothing else, from an rlzoo checkpoint or from
             another model directory of the same architecture. Adapters that a checkpoint has are
@@ -68,10 +69,6 @@ def load_policy(
     policy = load_frozen(path, dtype, attention, trust_remote_code, init_from)
     if lora is not None:
         add_lora(policy, lora)
-    if gradient_checkpointing == "auto":
-        gradient_checkpointing = (
-            torch.cuda.is_available() and policy.supports_gradient_checkpointing
-        )
     if gradient_checkpointing:
         enable_checkpointing(policy, f"model.path={path}")
     return policy
@@ -80,13 +77,16 @@ def load_policy(
 def load_frozen(
     path: str,
     dtype: str = "float32",
-    attention: str = "sdpa",
+    attention: str = AUTO,
     trust_remote_code: bool = False,
     init_from: str | None = None,
 ) -> PreTrainedModel:
     """The same model as `load_policy`, for an engine: without adapters, in any dtype."""
     policy = load_model(
-        path, dtype=getattr(torch, dtype), attention=attention, trust_remote_code=trust_remote_code
+        path,
+        dtype=getattr(torch, dtype),
+        attention=loaded_with(attention),
+        trust_remote_code=trust_remote_code,
     )
     source = f"model.path={path}"
     if init_from is not None:
@@ -95,8 +95,9 @@ def load_frozen(
     switch_off_noise(policy)
     if can_be_checked(policy):
         check_policy(policy, source)
+        settle_attention(policy, attention, source)
     else:
-        vars(policy)["unchecked"] = source  # until its strategy has placed it
+        vars(policy)["unchecked"] = source, attention  # until its strategy has placed it
     return policy
 
 

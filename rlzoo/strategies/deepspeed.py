@@ -14,16 +14,17 @@ from types import MethodType
 from typing import Any, Literal, cast
 
 import torch
-from lightning import Trainer
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlzoo.errors import UserError
 from rlzoo.learning.optimization import Trained, clip_limit
+from rlzoo.types import Update
 from rlzoo.values import AtLeast0, Positive
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,10 @@ OWN_KEYS = {  # settings of zero_optimization that have a key of their own
 class DeepSpeed(DeepSpeedStrategy):
     """ZeRO stages 1 to 3 (arXiv:1910.02054).
 
-    Differs from Lightning's strategy in four things: it runs on CPUs (over gloo); the gradient is
-    divided by the accumulation count once, by Lightning, and not again by DeepSpeed; each parameter
-    group is clipped by its own norm, and an update without anything to learn from is skipped, as
-    under every other strategy; models that transformers builds are sharded as they are loaded.
+    Differs from Lightning's strategy in four things: it runs on CPUs (over gloo); a batch is an
+    update, of several microbatches; each parameter group is clipped by its own norm, and an update
+    without anything to learn from is skipped, as under every other strategy; models that
+    transformers builds are sharded as they are loaded.
 
     Args:
         stage: what processes share: 1 optimizer states, 2 gradients too, 3 weights too.
@@ -86,6 +87,7 @@ class DeepSpeed(DeepSpeedStrategy):
         super().__init__(config=config, timeout=timedelta(seconds=timeout))
         self.stage = stage
         self._side_engines: list[Any] = []
+        self._warned = False
 
     # --- on a CPU ---------------------------------------------------------------------------
 
@@ -167,20 +169,28 @@ class DeepSpeed(DeepSpeedStrategy):
 
     # --- updates ----------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer) -> None:
-        half = str(trainer.precision).startswith(("bf16", "16"))
-        if self.stage == 1 and half and trainer.accumulate_grad_batches > 1:
-            log.warning(
-                "strategy=deepspeed_zero1 adds the gradients of"
-                f" trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} microbatches"
-                " up in half precision, where small ones are lost. Take strategy=deepspeed_zero2,"
-                " which adds them up in float32."
-            )
-        super().setup(trainer)
+    def training_step(self, update: Update, batch_idx: int) -> STEP_OUTPUT:
+        """Takes each microbatch through DeepSpeed's own forward and backward pass: what it sets up
+        around one must be around all. Lightning does that for the last."""
+        engine, (*earlier, last) = self.deepspeed_engine, update.parts()
+        if earlier:
+            self.warn_of_half_sums()
+        for part in earlier:
+            engine.set_gradient_accumulation_boundary(False)
+            loss = super().training_step(part, batch_idx)
+            assert isinstance(loss, Tensor)
+            self.backward(loss, None)
+        engine.set_gradient_accumulation_boundary(True)
+        return super().training_step(last, batch_idx)
 
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning has divided by the accumulation count; DeepSpeed would do so once more."""
-        return super().backward(closure_loss, *args, scale_wrt_gas=False, **kwargs)
+    def warn_of_half_sums(self) -> None:
+        if self.stage == 1 and self.precision_plugin.precision != "32-true" and not self._warned:
+            self._warned = True
+            log.warning(
+                "strategy=deepspeed_zero1 adds the gradients of an update's microbatches"
+                " (algo.tokens_per_microbatch) up in half precision, where small ones are lost."
+                " Take strategy=deepspeed_zero2, which adds them up in float32."
+            )
 
 
 def with_options(zero: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

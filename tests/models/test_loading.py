@@ -147,7 +147,7 @@ def encoder_decoder(folder: Path) -> Path:
 
 
 def test_an_attention_that_a_family_has_not_is_named_by_our_key(folder, tmp_path):
-    said = refusal(saved(tmp_path, "gpt_oss"))
+    said = refusal(saved(tmp_path, "gpt_oss"), attention="sdpa")
     assert "model.attention=eager" in said and "attn_implementation" not in said
     assert "model.attention=eager" in refusal(folder, attention="flash_attention_2")
     configure(folder, num_attention_heads=3)  # a message about heads is none about attention

@@ -16,21 +16,20 @@ from unittest import mock
 import lightning
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from rlzoo.algos import PolicyAlgorithm
 from rlzoo.callbacks.gvm import gradient_norms
 from rlzoo.engines.base import weights_checksum
-from rlzoo.loop import microbatches_of
+from rlzoo.loop import updates_of
 from rlzoo.models.gather import gathered
 from rlzoo.models.policy import load_policy
 from rlzoo.ranks import exchange as distributed
 from rlzoo.strategies import FSDP, DeepSpeed, ddp
-from rlzoo.types import RolloutBatch, Rollouts
+from rlzoo.types import Rollouts, Update
 from tests.conftest import make_tiny_model
 from tests.recorded import recorded_rollouts
-from tests.zoo import build
+from tests.zoo import build, split
 
 STRATEGIES = {
     "ddp": ddp,
@@ -47,7 +46,7 @@ class Case:
     """What is trained on: a rollout step of uneven groups, or one of which a single one trains."""
 
     algo: str
-    accumulate: int = 1
+    parts: int = 1  # microbatches of an update, about
     changes: tuple = ()  # of the algorithm's options
     rights: int = 5  # rollouts of ten that are right
     clip: float | None = None
@@ -56,6 +55,7 @@ class Case:
     lora: bool = False
     updates: int = 1
     checkpointing: bool = False  # recomputes activations in the backward pass
+    attention: str = "auto"
     decay: bool = False  # momentum and weight decay, which move weights without a gradient too
     precision: str = "32-true"
     lopsided: bool = (
@@ -68,24 +68,21 @@ class Case:
         return ",".join(parts).replace("/", "_")
 
 
-DOUBLE_DIVISION = Case("grpo", accumulate=4)
 CASES = [
-    DOUBLE_DIVISION,
-    Case("raft", accumulate=2, changes=(("rejected", "drop"),), rights=1),  # a rank has nothing
-    Case("grpo", accumulate=2, tied=True, changes=(("kl_coef", 0.2),)),
-    Case("grpo", accumulate=2, checkpointing=True),
-    Case("ppo", accumulate=2, clip=0.05),
+    Case("grpo", parts=4),
+    Case("raft", parts=2, changes=(("rejected", "drop"),), rights=1),  # a rank has nothing
+    Case("grpo", parts=2, tied=True, changes=(("kl_coef", 0.2),)),
+    Case("grpo", parts=2, checkpointing=True),
+    Case("ppo", parts=2, clip=0.05),
     Case("ppo", changes=(("critic_warmup", 99),)),
-    Case("iterative_dpo", accumulate=2),
-    Case("grpo", changes=(("max_tokens_per_microbatch", 40),), tied=True),  # checkpointed pieces
-    Case("grpo", accumulate=2, tied=True, lora=True, updates=2, changes=(("kl_coef", 0.2),)),
+    Case("iterative_dpo", parts=2),
+    Case("grpo", parts=2, tied=True, attention="sdpa"),  # padded rows
+    Case("grpo", parts=2, tied=True, lora=True, updates=2, changes=(("kl_coef", 0.2),)),
     Case("raft", changes=(("rejected", "drop"),), rights=0, decay=True),  # nothing to learn from
     Case("grpo", poison=True, decay=True, updates=2),  # the first update is skipped
 ]
 # Where the optimizer lies is all that is other: parts, groups, adapters, a step that is skipped.
-OFFLOADED = [
-    case for case in CASES if case.accumulate == 4 or case.clip or case.lora or case.poison
-]
+OFFLOADED = [case for case in CASES if case.parts == 4 or case.clip or case.lora or case.poison]
 TRIED = [
     (name, case)
     for name in STRATEGIES
@@ -93,15 +90,8 @@ TRIED = [
 ]
 
 # 31 / 600 of the gradient are in microbatches that bfloat16 loses one by one.
-HALF = Case("grpo", 32, (("kl_coef", 0.2),), precision="bf16-mixed", lopsided=True)
+HALF = Case("grpo", changes=(("kl_coef", 0.2),), precision="bf16-mixed", lopsided=True)
 FACTOR = 1 / 600
-
-
-class Stock(DeepSpeed):
-    """With the backward pass as Lightning has it, after which DeepSpeed divides once more."""
-
-    def backward(self, *args: object, **kwargs: object) -> Tensor:
-        return DeepSpeedStrategy.backward(self, *args, **kwargs)
 
 
 class OneStep(lightning.LightningDataModule):
@@ -121,19 +111,22 @@ class OneStep(lightning.LightningDataModule):
         return self
 
     def __len__(self) -> int:
-        return self.case.updates * self.case.accumulate
+        return self.case.updates
 
-    def __iter__(self) -> Iterator[RolloutBatch]:
-        algo = self.trainer.lightning_module
+    def __iter__(self) -> Iterator[Update]:
+        algo, rollouts = self.trainer.lightning_module, self.rollouts()
         algo.must_score_old = lambda first: True
-        batches = microbatches_of(self.rollouts(), algo)
-        if self.case.poison:
-            for batch in batches[: self.case.accumulate]:
-                batch.advantages = batch.advantages * float("nan")
+        split(algo, rollouts, self.case.parts, self.trainer.world_size)
+        updates = updates_of(rollouts, algo)
+        if self.case.parts > 1 and self.case.rights > 1:
+            assert all(len(update.microbatches) > 1 for update in updates)
+        for batch in updates[0].microbatches if self.case.poison else []:
+            batch.advantages = batch.advantages * float("nan")
         if self.case.lopsided:
-            small = batches[0].replaced(advantages=FACTOR * batches[0].advantages)
-            batches = [batches[0], *[small] * (len(batches) - 1)]
-        yield from batches
+            (first, *_) = updates[0].microbatches
+            small = first.replaced(advantages=FACTOR * first.advantages)
+            updates = [Update([first, *[small] * 31], 0, True)]
+        yield from updates
 
 
 def policy_folder(folder: Path, tied: bool) -> Path:
@@ -152,6 +145,7 @@ def made(case: Case, folder: Path) -> PolicyAlgorithm:
         path,
         lora={"r": 4} if case.lora else None,
         gradient_checkpointing=case.checkpointing,
+        attention=case.attention,
     )
     algo = build(case.algo, policy=policy, configure=False, **changes)
     if case.decay:
@@ -175,7 +169,6 @@ def fit(case: Case, strategy: object, devices: int, folder: Path) -> lightning.T
         strategy=strategy,
         precision=case.precision,
         max_epochs=1,
-        accumulate_grad_batches=case.accumulate,
         gradient_clip_val=case.clip,
         logger=False,
         enable_checkpointing=False,
@@ -223,9 +216,6 @@ def main(folder: Path) -> None:
         found = one_step(HALF, make(), world_size, folder)
         if rank == 0:
             torch.save(found, folder / f"{name}_half.pt")
-    stock = one_step(DOUBLE_DIVISION, Stock(stage=2), world_size, folder)
-    if rank == 0:
-        torch.save(stock, folder / "stock.pt")
     torch.save(talked(rank, world_size, folder), folder / f"talked_{rank}.pt")
 
 

@@ -11,7 +11,6 @@ from tests.conftest import make_tiny_model
 from tests.forked import Ranks
 from tests.strategies.steps import (
     CASES,
-    DOUBLE_DIVISION,
     FACTOR,
     STRATEGIES,
     TRIED,
@@ -94,15 +93,6 @@ def test_zero1_adds_microbatches_up_in_bfloat16_which_it_says(folder):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_reference_says_of_the_same_weights_what_the_policy_says(strategy, folder):
     assert half(folder, strategy)["ref_kl"] < 1e-7  # k3 of a gap of rounding alone, squared
-
-
-@pytest.mark.deepspeed
-def test_lightnings_own_strategy_divides_by_the_accumulation_twice(folder, alone):
-    stock = torch.load(folder / "stock.pt")
-    ours, right = moved(stock, DOUBLE_DIVISION), moved(alone[DOUBLE_DIVISION.name], DOUBLE_DIVISION)
-    assert float(ours.norm() / right.norm()) == pytest.approx(
-        1 / DOUBLE_DIVISION.accumulate, rel=1e-4
-    )
 
 
 @pytest.mark.deepspeed
