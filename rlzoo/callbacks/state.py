@@ -104,7 +104,13 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         drawn_by = None if self._drawer is None else type(self.engine).__name__
-        return {"ledger": self.ledger.state_dict(), "record": self.record, "drawn_by": drawn_by}
+        lengths = {} if self._drawer is None else self.drawer.lengths.sums
+        return {
+            "ledger": self.ledger.state_dict(),
+            "record": self.record,
+            "drawn_by": drawn_by,
+            "lengths": dict(lengths),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `rlzoo.models.checkpoints.run_state` found.
@@ -120,3 +126,5 @@ class Run:
                 " init_from=CHECKPOINT."
             )
         self.ledger.load_state_dict(state["ledger"])
+        if self._drawer is not None:
+            self.drawer.lengths.sums = dict(state.get("lengths", {}))  # older checkpoints have none

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlzoo.data.datamodule import RolloutDataModule
+from rlzoo.data.lengths import Lengths
 from rlzoo.data.shares import Piece, share_out
 from rlzoo.engines.base import Engine, Request, Response, SamplingParams
 from rlzoo.errors import UserError
@@ -54,6 +55,7 @@ class Drawer:
     ) -> None:
         self.engine, self.reward, self.tokenizer = engine, RewardCaller(reward), tokenizer
         self.params, self.ledger, self.bars, self.seed = params, ledger, bars, seed
+        self.lengths = Lengths()
         self.golds_to_try: list[Prompt] = []  # whose gold answers the first draw has checked
 
     def draw(
@@ -82,7 +84,8 @@ class Drawer:
         for i, start, stop in mine:
             key = (self.seed, stream, rollout_step, round_, prompts[i].id)
             seeds = tuple(response_seed(*key, index) for index in range(start, stop))
-            requests.append(Request(prompts[i].token_ids, seeds))
+            expected = self.lengths.expected(prompts[i].id, self.expected_length())
+            requests.append(Request(prompts[i].token_ids, seeds, expected))
         wanted = [prompts[i] for i, start, stop in mine for _ in range(start, stop)]
         version = self.ledger.updates
         with Feeder(self.reward, self._text, wanted, self._golds()) as feeder:
@@ -100,6 +103,7 @@ class Drawer:
         check_finite(rollouts, stream, self.engine)
         self._tell_unverifiable(rollouts, [i for each in shares for i in each.unparsed_golds])
         self.ledger.drew(stream, rollouts.lengths.tolist())
+        self.lengths.observe(rollouts)
         return rollouts
 
     def draw_in_rounds(
@@ -134,8 +138,8 @@ class Drawer:
     def expected_length(self) -> float:
         """Tokens of a response: the mean of all that the run drew, its limit before the first.
 
-        The ledger's, hence the same on every rank and after a resume. Means of single prompts are
-        not kept: shares are no more even by them (experiments/balance).
+        The ledger's, hence the same on every rank and after a resume. Means of single prompts
+        (`Lengths`) say what is drawn first: shares are no more even by them (experiments/balance).
         """
         total = {
             unit: sum(self.ledger.counts[f"{unit}/{stream}"] for stream in STREAMS)

@@ -20,6 +20,7 @@ class Request(NamedTuple):
 
     token_ids: tuple[int, ...]
     seeds: tuple[int, ...]  # one per response, non-negative, below 2**63
+    expected: float = 0.0  # tokens of a response, as far as is known; 0 where nothing is
 
 
 class Response(NamedTuple):
@@ -105,6 +106,13 @@ class Responses:
         """What `generate` returns; a KeyError if a response is missing."""
         pairs = zip(self.found, self.sizes, strict=True)
         return [[group[index] for index in range(size)] for group, size in pairs]
+
+
+def longest_first(requests: Sequence[Request]) -> list[tuple[int, int]]:
+    """(request, response in it) of all that is wanted, those expected to be the longest first, so
+    that none of them is left to be drawn alone at the end."""
+    order = sorted(range(len(requests)), key=lambda i: -requests[i].expected)
+    return [(i, k) for i in order for k in range(len(requests[i].seeds))]
 
 
 def weights_checksum(

@@ -26,6 +26,7 @@ from rlzoo.engines.base import (
     SamplingParams,
     check_version,
     log,
+    longest_first,
 )
 from rlzoo.engines.isolation import isolated, torch_threads
 from rlzoo.engines.shapes import checked_weights, expected_shapes
@@ -300,7 +301,7 @@ class VLLMEngine(VLLMBase):
 
         requests, mine = together(requests, self.tensor_parallel)
         shared = self.sampling(params) | {"flat_logprobs": True, "detokenize": False}
-        places = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
+        places = longest_first(requests)
         ids = self._llm.enqueue(
             [{"prompt_token_ids": list(requests[i].token_ids)} for i, _ in places],
             [vllm.SamplingParams(**shared, seed=requests[i].seeds[k]) for i, k in places],

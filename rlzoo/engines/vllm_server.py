@@ -28,6 +28,7 @@ from rlzoo.engines.base import (
     Responses,
     SamplingParams,
     check_version,
+    longest_first,
 )
 from rlzoo.engines.http import Replicas, key_from
 from rlzoo.engines.private_folder import PrivateFolder
@@ -281,7 +282,7 @@ class VLLMServerEngine(VLLMBase):
         on_response: OnResponse | None = None,
     ) -> list[list[Response]]:
         check_version(self, expected_version)
-        places = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
+        places = longest_first(requests)
         shared = self.sampling(params)
         prompts = [list(request.token_ids) for request in requests]
         jobs = [
