@@ -25,6 +25,7 @@ GVM = (  # one rollout step of 16 responses after 16 pilots, validated twice wit
     "datamodule.val_responses=3",
     "limits.max_responses=32",
 )
+RATES = ("time/tokens_per_second", "time/training_tflops")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -50,6 +51,13 @@ def test_seconds_of_training_pilots_and_validation_are_told_apart(run):
     assert float(step["time/tokens_per_second"]) == pytest.approx(tokens, rel=0.05)
 
 
+def test_the_row_says_how_fast_the_updates_were(run):
+    start, step = rows_of(run[0] / "metrics.csv")[:2]
+    assert not start.get("time/training_tflops")  # nothing was trained on before the first row
+    assert 0 < float(step["time/training_tflops"]) < 100
+    assert "time/mfu" not in step  # nobody has said what this machine can do
+
+
 def test_all_columns_of_seconds_sum_to_the_seconds_of_the_run(run):
     for name in ("ledger.csv", "metrics.csv"):
         rows = rows_of(run[0] / name)
@@ -57,7 +65,7 @@ def test_all_columns_of_seconds_sum_to_the_seconds_of_the_run(run):
             {n: float(x) for n, x in row.items() if n.startswith("time/") and x} for row in rows
         ]
         totals = [row.pop("time/seconds") for row in times]
-        sums = [sum(v for n, v in row.items() if n != "time/tokens_per_second") for row in times]
+        sums = [sum(v for n, v in row.items() if n not in RATES) for row in times]
         if name == "metrics.csv":  # of each step alone
             sums = [sum(sums[: i + 1]) for i in range(len(sums))]
         assert sums == pytest.approx(totals, abs=1e-6)

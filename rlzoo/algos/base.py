@@ -47,8 +47,15 @@ from rlzoo.learning.metrics import WeightedMeans
 from rlzoo.learning.microbatching import AUTO_TOKENS, Aggregation, microbatch, plan_updates
 from rlzoo.learning.optimization import UpdateWatch, check_schedule, clip_limit, clipped_norms
 from rlzoo.learning.scoring import declared, score_rollouts
-from rlzoo.learning.selection import Selection, said_if_single, units_of, with_the_rest
+from rlzoo.learning.selection import (
+    Selection,
+    said_if_single,
+    trained_lengths,
+    units_of,
+    with_the_rest,
+)
 from rlzoo.learning.shaping import plus_minus_one, soft_overlong_penalty
+from rlzoo.models.flops import policy_flops
 from rlzoo.models.frozen import FrozenModels
 from rlzoo.models.gather import load_whole, through
 from rlzoo.models.logprobs import response_scores
@@ -436,6 +443,15 @@ class PolicyAlgorithm(lightning.LightningModule):
             )
             for place, plans in enumerate(steps)
         ]
+
+    def training_flops(self, rollouts: Rollouts) -> float | None:
+        """Operations of a rollout step's updates, over all ranks; None where they are not known."""
+        flops = self.pass_flops(*trained_lengths(rollouts, self.rejected == "zero"))
+        return None if flops is None else self.passes * flops
+
+    def pass_flops(self, lengths: Tensor, responses: Tensor) -> float | None:
+        """The same of one pass over sequences; see `rlzoo.models.flops.policy_flops`."""
+        return policy_flops(self.policy, lengths, responses)
 
     # --- one optimizer step -----------------------------------------------------------------
 

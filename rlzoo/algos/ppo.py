@@ -10,6 +10,7 @@ from rlzoo.algos.base import PolicyAlgorithm
 from rlzoo.learning.advantages import generalized_advantages, whiten
 from rlzoo.learning.losses import LossOutput, value_loss
 from rlzoo.models.critic import Critic
+from rlzoo.models.flops import trunk_flops
 from rlzoo.models.logits import hidden_size
 from rlzoo.models.logprobs import response_hidden, response_scores, spread
 from rlzoo.types import Credit, OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
@@ -81,6 +82,13 @@ class PPO(PolicyAlgorithm):
         )
         values = self.critic(batch, hidden)
         return scores._asdict() | {"values": spread(values, batch.response_mask)}
+
+    def pass_flops(self, lengths: Tensor, responses: Tensor) -> float | None:
+        """Those of a critic with a backbone of its own too."""
+        flops, backbone = super().pass_flops(lengths, responses), self.critic.backbone
+        if flops is None or backbone is None:
+            return flops
+        return flops + (trunk_flops(backbone, lengths) or 0.0)
 
     def compute_advantages(self, rollouts: Rollouts) -> Credit:
         """Of each token, N x [L]; with `returns`, what the critic's values should have been."""

@@ -66,6 +66,11 @@ class Case:
     mean_length: float | None = None  # of a random policy's responses; None: all at the limit
     bf16: bool = False
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of a random policy's prompts: the question between the tokens of two roles."""
+        return self.question + 2
+
 
 TINY_STEP = Case("tiny", prompts=32, group=8, updates=4, limit=96)
 EQUAL_25M = Case("25m", prompts=8, group=6, updates=4, limit=64, question=16)
@@ -148,11 +153,28 @@ def make_inputs(case: Case, folder: Path) -> tuple[str, Path, int]:
     return str(TINY), questions, 905_472
 
 
+def specification(case: Case, policy: str, questions: Path) -> dict[str, Any]:
+    """What each worker is told."""
+    return {
+        "policy": policy,
+        "questions": str(questions),
+        "prompts_per_step": case.prompts,
+        "group": case.group,
+        "updates": case.updates,
+        "max_prompt_tokens": 128,
+        "max_response_tokens": case.limit,
+        "bf16": case.bf16,
+    }
+
+
+def own_command() -> list[str]:
+    return [sys.executable, "-m", "rlzoo.bench._loop_rlzoo"]
+
+
 def sides(options: argparse.Namespace, base: dict[str, Any]) -> dict[str, tuple[list[str], Any]]:
     """The command and the specification of each side."""
-    own = [sys.executable, "-m", "rlzoo.bench._loop_rlzoo"]
     other = [str(options.trl), "-m", "rlzoo.bench._loop_trl"]
-    found = {"rlzoo": (own, base | {"overrides": options.overrides})}
+    found = {"rlzoo": (own_command(), base | {"overrides": options.overrides})}
     base = base | {"microbatch": options.microbatch, "trl": json.loads(options.trl_settings)}
     for name in options.modes:
         found[f"trl_{name}"] = (other, base | {"continuous": name == "continuous"})
@@ -173,16 +195,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     case = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         policy, questions, parameters = make_inputs(case, Path(folder))
-        base = {
-            "policy": policy,
-            "questions": str(questions),
-            "prompts_per_step": case.prompts,
-            "group": case.group,
-            "updates": case.updates,
-            "max_prompt_tokens": 128,
-            "max_response_tokens": case.limit,
-            "bf16": case.bf16,
-        }
+        base = specification(case, policy, questions)
         workers: dict[str, Worker] = {}
         try:
             for side, (command, spec) in sides(options, base).items():

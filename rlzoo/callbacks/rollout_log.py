@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from rlzoo.callbacks.state import Run
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.data.rollout_files import RolloutWriter
 from rlzoo.learning.advantages import group_stats
+from rlzoo.models.flops import peak_of
 from rlzoo.ranks.exchange import world
 from rlzoo.report.loggers import CSVLogger
 from rlzoo.rewards.base import Verdict, is_right
 from rlzoo.types import Rollouts
-from rlzoo.values import AtLeast0, PathText
+from rlzoo.values import AtLeast0, PathText, Positive
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +40,17 @@ class RolloutLog(Callback):
     Args:
         run_dir: where the files go.
         rollouts_every: rollout steps between two files of rollouts; 0 writes none.
+        peak_tflops: what a device can do, for `time/mfu`; see `rlzoo.models.flops.peak_of`.
     """
 
-    def __init__(self, run_dir: PathText, rollouts_every: AtLeast0 = 1) -> None:
+    def __init__(
+        self,
+        run_dir: PathText,
+        rollouts_every: AtLeast0 = 1,
+        peak_tflops: Positive | None = None,
+    ) -> None:
         self.run_dir, self.rollouts_every = Path(run_dir), rollouts_every
+        self.peak_tflops = peak_tflops
         self.ledger_csv = CSVLogger(run_dir, "ledger.csv")
         self.files = RolloutWriter()
         self.spent: dict[str, float] = {"other": 0.0}  # seconds by phase up to the last row
@@ -65,14 +74,19 @@ class RolloutLog(Callback):
             run.row["rounds"] = run.rollouts.rounds
         algo.means.reset()
         algo.grad_norms.clear()
-        self.write_row(run, data, algo.trainer.loggers, row)
+        self.write_row(run, data, algo.trainer.loggers, row, partial(self.speed, run, algo))
         if self.rollouts_every and data.rollout_step % self.rollouts_every == 0:
             path = self.run_dir / "rollouts" / f"step_{run.rollouts.rollout_step:06d}.parquet"
             if world()[0] == 0:
                 self.files.write(path, run.rollouts, data.tokenizer)
 
     def write_row(
-        self, run: Run, data: RolloutDataModule, loggers: list[Logger], figures: dict[str, float]
+        self,
+        run: Run,
+        data: RolloutDataModule,
+        loggers: list[Logger],
+        figures: dict[str, float],
+        speed: Callable[[float], dict[str, float]] = lambda seconds: {},
     ) -> None:
         added, run.row = run.row, {}
         if world()[0] != 0:
@@ -86,11 +100,27 @@ class RolloutLog(Callback):
         if run.rollouts and run.rollouts.sampling_seconds:
             drawn = int(run.rollouts.lengths.sum())
             row["time/tokens_per_second"] = drawn / run.rollouts.sampling_seconds
+        row |= speed(row.get("time/training", 0.0))
         for logger in loggers:
             logger.log_metrics(row, data.rollout_step)
         self.ledger_csv.log_metrics({"rollout_step": data.rollout_step} | totals)
         run.bars.print_step(row)
         run.last_row = row
+
+    def speed(self, run: Run, algo: PolicyAlgorithm, seconds: float) -> dict[str, float]:
+        """How fast the updates of a rollout step were, on each device; MFU where its peak is known.
+
+        Args:
+            seconds: of training.
+        """
+        assert run.rollouts is not None
+        flops = algo.training_flops(run.rollouts)
+        if not flops or not seconds:
+            return {}
+        rate = flops / seconds / world()[1] / 1e12
+        peak = self.peak_tflops or peak_of(algo.device, str(algo.trainer.precision))
+        mfu = {} if peak is None else {"time/mfu": rate / peak}
+        return {"time/training_tflops": rate} | mfu
 
     def phase_seconds(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Seconds of each phase, and of all else ("other"), since the last row, by column.

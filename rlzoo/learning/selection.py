@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rlzoo.learning.advantages import DEGENERATE, group_stats
@@ -99,3 +100,17 @@ def best_and_worst(
         if not degenerate and (is_right(values[best]) or not chosen_must_be_correct):
             pairs.append((best, worst))
     return pairs
+
+
+def trained_lengths(rollouts: Rollouts, all_train: bool) -> tuple[Tensor, Tensor]:
+    """Tokens of each rollout that trains, prompt and response, and of its response alone.
+
+    Args:
+        all_train: whether those that were not selected stay.
+    """
+    prompts = torch.tensor([len(prompt.token_ids) for prompt in rollouts.prompts])
+    responses = rollouts.lengths
+    lengths = prompts[rollouts.group_ids] + responses
+    if all_train or rollouts.selected is None:
+        return lengths, responses
+    return lengths[rollouts.selected], responses[rollouts.selected]
