@@ -3,6 +3,7 @@
 #   ARGS      Hydra overrides of `make run`:  make run ARGS="seed=1 run_dir=outputs/mine"
 #   PIP_ARGS  options for pip install, such as the index that has torch's CPU build
 #   PYTHON    the interpreter that makes .venv
+#   REQUIREMENTS  the lock that .venv is made from; requirements/cuda.txt on a machine with a GPU
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,17 +11,22 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP_ARGS ?=
 ARGS ?=
-STAMP := .venv/.installed
+# A .venv that was made with CUDA stays so.
+REQUIREMENTS ?= requirements/$(if $(wildcard .venv/.installed-cuda),cuda,cpu).txt
+# Of requirements/cpu.txt it is .venv/.installed, of another lock .venv/.installed-NAME.
+STAMP := .venv/.installed$(subst -cpu,,-$(basename $(notdir $(REQUIREMENTS))))
 PIP_INSTALL := .venv/bin/python -m pip install --no-deps
 
-.PHONY: help venv run lint test test-all lock lock-cuda oracles trl clean
+.PHONY: help venv run lint test test-all gpu-check lock lock-cuda oracles trl clean
 
 help:
 	@echo "make run [ARGS=\"key=value ...\"]  set up .venv and run the main job"
 	@echo "make lint                        set up .venv and check style, format and types"
 	@echo "make test                        set up .venv and run the tests that are not slow"
 	@echo "make test-all                    set up .venv and run every test"
+	@echo "make gpu-check [ARGS=...]        set up .venv and try what runs on a GPU alone; docs/gpu_check.md"
 	@echo "make venv [PIP_ARGS=...]         set up .venv from requirements/cpu.txt"
+	@echo "make venv REQUIREMENTS=requirements/cuda.txt    the same with CUDA; so for every target"
 	@echo "make lock [PIP_ARGS=...]         make requirements/cpu.txt anew from requirements/cpu.in"
 	@echo "make lock-cuda                   make requirements/cuda.txt anew, installing nothing"
 	@echo "make oracles [PIP_ARGS=...]      make the numbers of tests/oracles/data anew"
@@ -30,18 +36,18 @@ help:
 venv: $(STAMP)
 
 # --use-pep517: without it, what pip does with a source distribution depends on pip's age.
-$(STAMP): requirements/build.txt requirements/cpu.txt requirements/left_out.txt requirements/check.py \
+$(STAMP): requirements/build.txt $(REQUIREMENTS) requirements/left_out.txt requirements/check.py \
 		setup.py setup.cfg pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "make venv: rlzoo needs Python 3.11 or newer, found '$(PYTHON)'." \
 			"Install python3.11 or name one: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Setting up .venv from requirements/cpu.txt (once; a few minutes)"
+	@echo "Setting up .venv from $(REQUIREMENTS) (once; a few minutes)"
 	"$(PYTHON)" -m venv .venv
 	$(PIP_INSTALL) -r requirements/build.txt $(PIP_ARGS)
-	$(PIP_INSTALL) --no-build-isolation --use-pep517 -r requirements/cpu.txt $(PIP_ARGS)
+	$(PIP_INSTALL) --no-build-isolation --use-pep517 -r $(REQUIREMENTS) $(PIP_ARGS)
 	$(PIP_INSTALL) --no-build-isolation --use-pep517 -e .
-	.venv/bin/python requirements/check.py
-	@touch $@
+	.venv/bin/python requirements/check.py $(REQUIREMENTS)
+	@rm -f .venv/.installed* && touch $@
 
 run: venv
 	.venv/bin/python -m rlzoo.run algo=grpo sampler=gvm $(ARGS)
@@ -56,6 +62,10 @@ test: venv
 
 test-all: venv
 	.venv/bin/python -m pytest -m ""
+
+# With cuda.txt everything, without it what a CPU can show: make gpu-check ARGS="--only 2,9".
+gpu-check: venv
+	.venv/bin/python -m rlzoo.bench gpu_check $(ARGS)
 
 # The newest versions that setup.cfg and cpu.in allow, resolved in a throw-away environment. Use an
 # index that has torch's CPU build, or the lock fills with CUDA libraries. A local suffix (+cpu)

@@ -174,3 +174,14 @@ def test_a_torch_that_cannot_be_imported_is_named(
     message = check.torch_problem(lock)
     assert "cannot be imported (ImportError: libcublas.so" in message
     assert "PIP_ARGS" in message
+
+
+def test_a_build_for_cpus_in_an_environment_for_gpus_is_named(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "cuda.txt"
+    lock.write_text("torch==2.13.0\n")
+    monkeypatch.setattr(check, "version", lambda name: "2.13.0+cpu")
+    assert "make venv REQUIREMENTS=requirements/cuda.txt" in check.torch_problem(lock)
+    monkeypatch.setattr(check, "version", lambda name: "2.13.0")
+    assert check.torch_problem(lock) is None
