@@ -154,17 +154,21 @@ def made(case: Case, folder: Path) -> PolicyAlgorithm:
     return algo
 
 
-def one_step(case: Case, strategy: object, devices: int, folder: Path) -> dict[str, Tensor]:
+def one_step(
+    case: Case, strategy: object, devices: int, folder: Path, accelerator: str = "cpu"
+) -> dict[str, Tensor]:
     """The weights after the case's updates, whole, and what else must agree over strategies."""
-    return fit(case, strategy, devices, folder).callbacks[0].found
+    return fit(case, strategy, devices, folder, accelerator).callbacks[0].found
 
 
-def fit(case: Case, strategy: object, devices: int, folder: Path) -> lightning.Trainer:
+def fit(
+    case: Case, strategy: object, devices: int, folder: Path, accelerator: str = "cpu"
+) -> lightning.Trainer:
     """A Trainer that has made the case's updates."""
     torch.manual_seed(0)  # a run's seed, which adapters start from
     algo, data = made(case, folder), OneStep(case)
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=devices,
         strategy=strategy,
         precision=case.precision,
