@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -85,30 +85,27 @@ def attempt(number: int, out: Path, gpus: int) -> Result:
     if item.gpus > gpus:
         result = asdict(Found(left_out=[f"it needs {item.gpus} GPUs, here are {gpus}"]))
     else:
-        result = in_process(number, out, item.limit)
+        folder = out / f"item_{number}"
+        command = [sys.executable, "-m", "rlzoo.bench", "gpu_check", "--item", str(number)]
+        result = in_process([*command, "--out", str(folder)], folder, item.limit)
     result["seconds"] = round(time.monotonic() - began, 1)
     print(line_of(number, result), flush=True)
     return result
 
 
-def in_process(number: int, out: Path, limit: float) -> Result:
-    """What an item found; a process that dies or hangs is what is wrong with it."""
-    folder = out / f"item_{number}"
+def in_process(command: Sequence[str], folder: Path, limit: float) -> Result:
+    """What an item's process leaves in its folder; if it dies or hangs, that is what is wrong."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     said = folder / "said.txt"
-    command = [sys.executable, "-m", "rlzoo.bench", "gpu_check", "--item", str(number)]
     with said.open("w") as output:
         process = subprocess.Popen(
-            [*command, "--out", str(folder)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        code: int | str = process.wait(limit)
+        end = f"exit code {process.wait(limit)}"
     except subprocess.TimeoutExpired:
-        code = f"more than {limit:.0f} s, its limit"
+        end = f"it took more than {limit:.0f} s, its limit"
     end_session(process)
     for place in [path for name in LARGE for path in folder.rglob(name)]:
         shutil.rmtree(place, ignore_errors=True)
@@ -116,7 +113,7 @@ def in_process(number: int, out: Path, limit: float) -> Result:
     if result.exists():
         found: Result = json.loads(result.read_text())
         return found
-    return asdict(Found(wrong=[f"{code}: {last_line(said)} ({folder} keeps what it said)"]))
+    return asdict(Found(wrong=[f"{end}: {last_line(said)} ({folder} keeps what it said)"]))
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
