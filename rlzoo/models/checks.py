@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlzoo.errors import UserError
-from rlzoo.models.gather import is_partitioned
+from rlzoo.models.gather import as_forward, is_partitioned
 from rlzoo.models.limits import longest_sequence
 from rlzoo.models.logits import backbone_of, transform_of, vocabulary_size
+from rlzoo.models.tiles import Head
 
 TOKENS = 16  # of the sequence that is compared
 TOLERANCE = 1e-4  # nats, where log-probs are above -10; grows with the largest one
@@ -104,8 +105,11 @@ def rlzoo_logprobs(policy: PreTrainedModel, ids: Tensor, source: str) -> Tensor:
     """[S, V] log-probs by backbone, head and transform, as `rlzoo.models.logprobs` takes them."""
     with explained(policy, source, "backbone and head apart"):
         hidden = backbone_of(policy)(input_ids=ids, use_cache=False).last_hidden_state[0]
-        logits = policy.get_output_embeddings()(hidden).float()
-    return transform_of(policy)(logits).log_softmax(-1)
+        head = policy.get_output_embeddings()
+        logits = as_forward(
+            head, lambda states: Head.of(head, 1.0, transform_of(policy)).logits(states), hidden
+        )
+    return logits.log_softmax(-1)
 
 
 def gap(policy: PreTrainedModel, one: Tensor, other: Tensor) -> float:

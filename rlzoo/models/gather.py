@@ -104,10 +104,18 @@ def through(module: nn.Module, function: Callable[..., T], *arguments: Any) -> T
     """
     if not isinstance(module, FSDPModule):
         return function(*arguments)
-    own = module.forward
+    return as_forward(module, function, *arguments)
+
+
+def as_forward(module: nn.Module, function: Callable[..., T], *arguments: Any) -> T:
+    """function(*arguments), run as if it were the module's forward, with all hooks around it."""
+    own = vars(module).get("forward")
     module.forward = function
     try:
         found: T = module(*arguments)
         return found
     finally:
-        module.forward = own
+        if own is None:
+            del module.forward  # the class's is in force again
+        else:
+            module.forward = own

@@ -14,10 +14,24 @@ import torch
 from torch import Tensor
 
 from rlzoo.models.logits import PLAIN, LogitTransform
+from rlzoo.models.tiles import (
+    Head,
+    Places,
+    RunningSoftmax,
+    add_product,
+    full_precision,
+    logit_gradient,
+    product_dtype,
+    slices,
+    softmax_of,
+    square_side,
+)
 
-CHUNK_ELEMENTS = 2**25  # logits of one response held at once, elements of float32 (128 MiB)
+GRAM_UP_TO = 2  # widths of the hidden states; beyond, the gradient itself costs less, in memory too
+GRAM_ROWS = 64  # of a Gram matrix at once: what lies above the diagonal is not computed
 
 
+@torch.no_grad()
 def head_gradient_norms(
     hidden: Sequence[Tensor],
     head_weight: Tensor,
@@ -28,10 +42,10 @@ def head_gradient_norms(
 ) -> Tensor:
     """|| d/dW sum_t log pi(token_t) ||_2 of each response; [B] float32.
 
-    Uses the Gram form sum_{t,s} (delta_t . delta_s)(h_t . h_s) when T < D and the matrix itself
-    otherwise; both are exact sums over the vocabulary, which is walked in chunks, for all responses
-    together: neither [T, V] nor a float32 copy of the head stands in memory whole. Under autocast
-    the products are of its precision. A tied head is treated as a matrix of its own.
+    Takes the Gram form sum_{t,s} (delta_t . delta_s)(h_t . h_s) of responses up to `GRAM_UP_TO`
+    times as long as hidden states are wide, out of the walk that finds the softmax, and the matrix
+    itself of longer ones. Both are exact sums over the vocabulary. Under autocast the products are
+    of its precision. A tied head is treated as a matrix of its own.
 
     Args:
         hidden: B x [T, D] last hidden states at the positions that predict the tokens.
@@ -41,59 +55,115 @@ def head_gradient_norms(
         head_bias: [V], if the head has one; its own gradient is not part of the norm.
         transform: from the head's output to the model's logits.
     """
-    hidden = [h.float() for h in hidden]
-    longest = max(1, *(len(t) for t in tokens))  # a rank without responses has one blank row
-    size = max(1, CHUNK_ELEMENTS // longest)
-    starts = range(0, len(head_weight), size)
-    log_norms: list[Tensor | None] = [None] * len(hidden)
-
-    def logits(start: int) -> list[Tensor]:
-        weight = head_weight[start : start + size].float()
-        bias = None if head_bias is None else head_bias[start : start + size]
-        return [transform(torch.nn.functional.linear(h, weight, bias)) for h in hidden]
-
-    if len(starts) > 1:
-        parts = [[(y / temperature).logsumexp(-1) for y in logits(start)] for start in starts]
-        log_norms = [torch.stack(row).logsumexp(0) for row in zip(*parts, strict=True)]
-    sums: list[list[Tensor]] = [[] for _ in hidden]
-    for start in starts:
-        for i, y in enumerate(logits(start)):
-            delta = logit_gradients(y, tokens[i] - start, temperature, log_norms[i], transform)
-            if gram_is_smaller(hidden[i]):
-                sums[i] = [sum(sums[i], delta @ delta.T)]  # [T, T]
-            else:
-                sums[i].append((delta.T @ hidden[i]).norm())
-    return torch.stack([norm_of(part, h) for part, h in zip(sums, hidden, strict=True)])
+    head = Head(head_weight, head_bias, product_dtype(head_weight), temperature, transform)
+    norms = torch.zeros(len(hidden), device=head_weight.device)
+    short = [i for i, h in enumerate(hidden) if h.shape[0] <= GRAM_UP_TO * h.shape[1]]
+    with full_precision(head_weight):
+        if short:
+            norms[short] = gram_norms(head, [hidden[i] for i in short], [tokens[i] for i in short])
+        for i in set(range(len(hidden))).difference(short):
+            norms[i] = matrix_norm(head, hidden[i], tokens[i])
+    return norms
 
 
-def logit_gradients(
-    logits: Tensor,
-    places: Tensor,
-    temperature: float,
-    log_norm: Tensor | None,
-    transform: LogitTransform,
+def matrix_norm(head: Head, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """[] norm of one response, of the gradient made part by part; the softmax is found before."""
+    states, ones = hidden.to(head.dtype), torch.ones_like(tokens, dtype=torch.float32)
+    log_norm = softmax_of(states, head, tokens).log_norm
+    parts = []
+    for columns, part in head.parts([slice(0, len(tokens))]):
+        logits, places = part.logits(states), Places.of(tokens, columns)
+        delta = logit_gradient(part, logits, places, log_norm, ones)
+        parts.append((delta.to(head.dtype).T @ states).float().norm())
+    norm: Tensor = torch.stack(parts).norm()
+    return norm
+
+
+def gram_norms(head: Head, hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
+    """[B] norms from one walk.
+
+    With q_t = 1 - p_t(a_t), and p'_t the softmax without the token's own place, delta_t is
+    (q_t onehot(a_t) - p'_t) f' / tau: sums of p'_t . p'_s run along with the softmax, and no
+    difference of nearly equal numbers is taken, however sure of its tokens the policy is.
+    """
+    states, ids = torch.cat(list(hidden)).to(head.dtype), torch.cat(list(tokens))
+    lengths = [len(t) for t in tokens]
+    blocks = whole_responses(lengths, square_side(ids.device))
+    grams = [ids.new_zeros(n, n, dtype=torch.float32) for n in lengths]
+    softmax = RunningSoftmax(ids)
+    for columns, part in head.parts([rows for rows, _ in blocks]):
+        for rows, members in blocks:
+            logits, places = part.logits(states[rows]), Places.of(ids[rows], columns)
+            slope = part.slope(logits)
+            weights, decay = softmax.add(rows, logits, places)
+            if isinstance(slope, Tensor):
+                weights *= slope
+            cut = [x.split([lengths[i] for i in members]) for x in (weights.to(head.dtype), decay)]
+            for i, weight, kept in zip(members, *cut, strict=True):
+                add_to_gram(grams[i], weight, kept)
+    found = (states, ids, softmax.log_norm, softmax.mass, softmax.others)
+    own = zip(*(tensor.split(lengths) for tensor in found), strict=True)
+    return torch.stack(
+        [gram_norm(head, gram, *each) for gram, each in zip(grams, own, strict=True)]
+    )
+
+
+def gram_norm(
+    head: Head,
+    gram: Tensor,
+    states: Tensor,
+    tokens: Tensor,
+    log_norm: Tensor,
+    mass: Tensor,
+    others: Tensor,
 ) -> Tensor:
-    """[T, v] derivative of each token's log-prob with respect to the head's output, in a chunk.
+    """[] norm of one response.
 
     Args:
-        logits: [T, v] of the chunk.
-        places: [T] of the tokens, counted from where the chunk begins; others lie outside of it.
-        log_norm: [T] over the whole vocabulary; None if the chunk is all of it.
+        gram: [T, T] sums of `weights` of two tokens times each other; see `add_to_gram`.
+        mass, others: [T] sums of a token's `weights`, with its own place and without.
     """
-    tempered = logits / temperature
-    probs = tempered.softmax(-1) if log_norm is None else (tempered - log_norm[:, None]).exp()
-    delta = -probs
-    rows = ((places >= 0) & (places < logits.shape[1])).nonzero()[:, 0]
-    delta[rows, places[rows]] += 1
-    delta = delta / temperature
-    return delta if transform == PLAIN else delta * transform.slope(logits)
+    at_tokens = head.part(tokens)
+    logits = at_tokens.logits(states)  # [T, T] of each token's place at each position
+    slope = at_tokens.slope(logits)
+    same = tokens[:, None] == tokens
+    probs = (logits - log_norm[:, None]).exp().masked_fill(same, 0)
+    q = others / mass
+    if isinstance(slope, Tensor):
+        probs, q = probs * slope, q * slope.diagonal()
+    lower = gram.tril() / mass[:, None] / mass
+    deltas = lower + lower.tril(-1).T - 2 * probs * q + same * q[:, None] * q
+    states = states.float()
+    norm = (deltas * (states @ states.T)).sum().clamp(min=0).sqrt()
+    return norm if isinstance(slope, Tensor) else norm * slope
 
 
-def gram_is_smaller(hidden: Tensor) -> bool:
-    return hidden.shape[0] < hidden.shape[1]
+def add_to_gram(gram: Tensor, weights: Tensor, decay: Tensor) -> None:
+    """Takes in one tile of a response, in blocks of rows up to the diagonal.
+
+    Args:
+        gram: [T, T] of the tiles before.
+        weights: [T, v] exp(logit - top), 0 at each token itself, times the slope if that varies.
+        decay: [T] what the sums so far are multiplied by.
+    """
+    gram.mul_(decay[:, None]).mul_(decay)
+    for rows in slices(len(weights), GRAM_ROWS):
+        add_product(gram[rows, : rows.stop], weights[rows], weights[: rows.stop].T)
 
 
-def norm_of(parts: list[Tensor], hidden: Tensor) -> Tensor:
-    if gram_is_smaller(hidden):
-        return (parts[0] * (hidden @ hidden.T)).sum().clamp(min=0).sqrt()
-    return parts[0] if len(parts) == 1 else torch.stack(parts).norm()
+def whole_responses(lengths: Sequence[int], most: int) -> list[tuple[slice, list[int]]]:
+    """Blocks of tokens of whole responses, one after the other, and the responses of each.
+
+    Args:
+        most: tokens of a block, unless one response has more.
+    """
+    blocks: list[tuple[slice, list[int]]] = []
+    start = 0
+    for i, length in enumerate(lengths):
+        if blocks and start + length - blocks[-1][0].start <= most:
+            rows, members = blocks.pop()
+            blocks.append((slice(rows.start, start + length), [*members, i]))
+        else:
+            blocks.append((slice(start, start + length), [i]))
+        start += length
+    return blocks

@@ -1,21 +1,28 @@
-"""Log-probs of response tokens, in chunks so that [tokens, V] never stands in memory whole."""
+"""Log-probs of response tokens, in tiles so that [tokens, V] never stands in memory whole."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from rlzoo.models.gather import through
-from rlzoo.models.logits import PLAIN, LogitTransform, backbone_of, transform_of, vocabulary_size
+from rlzoo.models.gather import as_forward, through
+from rlzoo.models.logits import PLAIN, LogitTransform, backbone_of, transform_of
 from rlzoo.models.packed import is_packed, packed_hidden
+from rlzoo.models.tiles import (
+    Head,
+    Places,
+    add_product,
+    full_precision,
+    logit_gradient,
+    softmax_of,
+    square_blocks,
+)
 from rlzoo.types import BatchRow, RolloutBatch, collate
-
-CHUNK_ELEMENTS = 2**26  # logits held at once, elements of float32 (256 MiB)
 
 
 class TokenScores(NamedTuple):
@@ -31,38 +38,86 @@ def token_scores(
     entropy_gradient: bool = False,
     transform: LogitTransform = PLAIN,
 ) -> TokenScores:
-    """Log-prob and entropy at M positions.
+    """Log-prob and entropy at M positions: a float32 softmax of logits as precision rounds them.
 
     Args:
         hidden: [M, D] last hidden states at the positions that predict the tokens.
-        head: the output head, called as a module so that sharding hooks run.
+        head: the output head, a linear layer; called as a module so that sharding hooks run.
         tokens: [M] int64.
         temperature: logits are divided by it, as they were in sampling.
         entropy_gradient: whether the entropy carries gradient, for an entropy bonus.
         transform: from the head's output to the model's logits.
     """
 
-    def chunk_scores(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        logits: Tensor = transform(head(h).float()) / temperature  # [m, V]
-        log_norm = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, t[:, None])[:, 0] - log_norm
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            all_logprobs = logits - log_norm[:, None]
-            entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
-        return logprobs, entropy
+    def scored(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        own = Head.of(head, temperature, transform)
+        found: tuple[Tensor, Tensor] = Scored.apply(  # type: ignore[no-untyped-call]
+            hidden, own.weight, own.bias, tokens, own[2:], entropy_gradient
+        )
+        return found
 
-    rows = max(1, CHUNK_ELEMENTS // vocabulary_size(head))
-    if len(tokens) <= rows:
-        return TokenScores(*chunk_scores(hidden, tokens))
-    run = chunk_scores
-    if torch.is_grad_enabled():
+    return TokenScores(*as_forward(head, scored, hidden, tokens))
 
-        def run(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            scored: tuple[Tensor, Tensor] = checkpoint(chunk_scores, h, t, use_reentrant=False)
-            return scored
 
-    parts = [run(h, t) for h, t in zip(hidden.split(rows), tokens.split(rows), strict=True)]
-    return TokenScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+class Scored(torch.autograd.Function):
+    """Log-prob and entropy of each token, [M] float32.
+
+    The backward walk makes each tile of logits again: four matrix products where whole logits take
+    three. Sums of gradients are float32, those of the head rounded once to its weight's dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        settings: tuple[torch.dtype, float, LogitTransform],
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        head = Head(weight, bias, *settings)
+        with full_precision(hidden):
+            found = softmax_of(hidden.to(head.dtype), head, tokens)
+        log_norm, entropy = found.log_norm, found.entropy
+        ctx.save_for_backward(hidden, weight, bias, tokens, log_norm, entropy)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return found.own - log_norm, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, tokens, log_norm, entropy = ctx.saved_tensors
+        head, blocks = Head(weight, bias, *ctx.settings), square_blocks(tokens)
+        states = hidden.to(head.dtype)
+        if of_logprobs is None:
+            of_logprobs = torch.zeros_like(log_norm)
+        of_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        with full_precision(hidden):
+            for columns, part in head.parts(blocks):
+                weight_sum = torch.zeros_like(part.weight, dtype=torch.float32)
+                for rows in blocks:
+                    logits, places = part.logits(states[rows]), Places.of(tokens[rows], columns)
+                    given = [log_norm[rows], of_logprobs[rows]]
+                    if of_entropy is not None:
+                        given += [of_entropy[rows], entropy[rows]]
+                    gradient = logit_gradient(part, logits, places, *given)
+                    if of_bias is not None:
+                        of_bias[columns] += gradient.sum(0)
+                    gradient = gradient.to(head.dtype)
+                    add_product(of_hidden[rows], gradient, part.weight)
+                    if of_weight is not None:
+                        add_product(weight_sum, gradient.T, states[rows])
+                if of_weight is not None:
+                    of_weight[columns] = weight_sum
+        return of_hidden, of_weight, of_bias, None, None, None
 
 
 def response_hidden(policy: PreTrainedModel, batch: RolloutBatch) -> Tensor:

@@ -18,6 +18,7 @@ from rlzoo.models.gradnorms import head_gradient_norms
 from rlzoo.models.limits import longest_sequence
 from rlzoo.models.logits import LogitTransform, transform_of
 from rlzoo.models.policy import load_policy
+from rlzoo.models.tiles import TILE_ELEMENTS
 from tests.conftest import make_tiny_model
 from tests.models.families import saved
 
@@ -91,7 +92,7 @@ def test_a_masked_language_model_is_told_that_it_looks_ahead():
 @pytest.mark.parametrize("chunk", [2**25, 300])  # elements: the vocabulary whole, and in pieces
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 3.0)])
 def test_gradient_norms_follow_the_chain_rule_in_chunks(num_tokens, chunk, transform, monkeypatch):
-    monkeypatch.setattr("rlzoo.models.gradnorms.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setitem(TILE_ELEMENTS, "cpu", chunk)
     draw = torch.Generator().manual_seed(num_tokens)
     hidden = torch.randn(num_tokens, 16, generator=draw)
     weight = torch.randn(50, 16, generator=draw, requires_grad=True)
