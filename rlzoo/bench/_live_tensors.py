@@ -47,11 +47,13 @@ class LiveTensors(TorchDispatchMode):
 
 
 def key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes that tensors made by `run` have at once."""
-    with LiveTensors() as live:
+    live = LiveTensors()
+    with live:
         run()
     return live.peak

@@ -41,13 +41,14 @@ class Head(NamedTuple):
         return self._replace(weight=self.weight[places].to(self.dtype), bias=bias)
 
     def parts(self, blocks: Sequence[slice]) -> Iterator[tuple[slice, Head]]:
-        """Parts that make tiles of bounded size, and where each lies in the vocabulary.
+        """Parts that make tiles of bounded size, and are no larger themselves, and their places.
 
         Args:
             blocks: the tokens of each row of tiles.
         """
         longest = max((block.stop - block.start for block in blocks), default=1)
-        width = max(1, tile_elements(self.weight.device) // max(1, longest))
+        side = max(1, longest, self.weight.shape[1])
+        width = max(1, tile_elements(self.weight.device) // side)
         for columns in slices(len(self.weight), width):
             yield columns, self.part(columns)
 
