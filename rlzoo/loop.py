@@ -47,6 +47,8 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run, data, algo, parts = self.run, self.data, self.algo, self.parts
         self.begun()
+        if not data.replay_files:
+            run.bars.print_line(self.costs())
         if parts.rank_watch:
             parts.rank_watch.begin()
         if parts.weight_sync:
@@ -118,7 +120,8 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
         run, data, algo, parts = self.run, self.data, self.algo, self.parts
         if parts.weight_sync:
             parts.weight_sync.sync(run, data, algo)
-        if parts.validation and parts.validation.due(data.rollout_step, run.ended_by is not None):
+        ended, pilots = run.ended_by is not None, self.pilots
+        if parts.validation and parts.validation.due(data, ended, pilots):
             parts.validation.validate(run, data)
         self.call_others(trainer)
         if parts.rollout_log:
@@ -128,6 +131,24 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
     @property
     def updates_per_step(self) -> int:
         return self.algo.updates_per_step
+
+    @property
+    def pilots(self) -> int:
+        """Responses that a plan of an epoch's budgets draws."""
+        return getattr(self.parts.sampler, "pilots", 0) * self.data.prompts_per_epoch
+
+    def costs(self) -> str:
+        """What a rollout step, a plan and a validation will draw, in a line."""
+        data, limit = self.data, self.data.params.max_response_tokens
+        step, val = data.responses_per_step, len(data.val_prompts) * data.val_responses
+        told = [f"A rollout step draws {step:,} responses (up to {step * limit:,} tokens)"]
+        if self.pilots:
+            told.append(f"a plan, every {data.steps_per_epoch} steps, {self.pilots:,}")
+        if self.parts.validation:
+            every = self.parts.validation.interval(data, self.pilots)
+            when = f"every {every} steps" if every else "at the start and the end"
+            told.append(f"a validation, {when}, {val:,}")
+        return ", ".join(told) + "."
 
 
 def updates_of(

@@ -12,10 +12,12 @@ from rlzoo.models.checkpoints import kind_of, read_state, saved_by
 
 def boundary(checkpoint: Checkpoint, step: int, score: float | None, folder: bool = False) -> None:
     """As at a boundary: the score is judged, then what was written aside is published."""
-    name = f"step_{step:06d}.ckpt"
-    checkpoint.ranked(score, name)
+    name, weights = f"step_{step:06d}.ckpt", f"weights_{step:06d}.ckpt"
     partial = checkpoint.folder / f"{name}.partial"
     checkpoint.folder.mkdir(exist_ok=True)
+    if checkpoint.ranked(score, weights):
+        (checkpoint.folder / weights).write_text(str(step))
+        checkpoint.point_to_best()
     if folder:
         partial.mkdir()
         (partial / "shard").write_text(str(step))
@@ -26,7 +28,8 @@ def boundary(checkpoint: Checkpoint, step: int, score: float | None, folder: boo
 
 
 def names(checkpoint: Checkpoint) -> list[str]:
-    return sorted(path.name for path in checkpoint.folder.glob("step_*"))
+    found = [*checkpoint.folder.glob("step_*"), *checkpoint.folder.glob("weights_*")]
+    return sorted(path.name for path in found)
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -34,12 +37,28 @@ def test_the_last_and_the_best_are_kept_and_links_point_to_them(tmp_path, folder
     checkpoint = Checkpoint(str(tmp_path), keep_best=2)
     for step, score in enumerate([0.3, 0.5, None, 0.4, 0.1, None], start=1):
         boundary(checkpoint, step, score, folder)
-    assert names(checkpoint) == ["step_000002.ckpt", "step_000004.ckpt", "step_000006.ckpt"]
+    assert names(checkpoint) == ["step_000006.ckpt", "weights_000002.ckpt", "weights_000004.ckpt"]
     assert (checkpoint.folder / "last.ckpt").resolve().name == "step_000006.ckpt"
-    assert (checkpoint.folder / "best.ckpt").resolve().name == "step_000002.ckpt"
+    assert (checkpoint.folder / "best.ckpt").resolve().name == "weights_000002.ckpt"
     boundary(checkpoint, 6, 0.9, folder)  # once more, as a resumed run may
-    assert names(checkpoint) == ["step_000002.ckpt", "step_000006.ckpt"]
-    assert (checkpoint.folder / "best.ckpt").resolve().name == "step_000006.ckpt"
+    assert names(checkpoint) == ["step_000006.ckpt", "weights_000002.ckpt", "weights_000006.ckpt"]
+    assert (checkpoint.folder / "best.ckpt").resolve().name == "weights_000006.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("every", "every_seconds", "step", "seconds", "due"),
+    [
+        (2, None, 4, 0.0, True),
+        (2, None, 5, 9e9, False),
+        (None, 1800.0, 4, 1799.0, False),
+        (None, 1800.0, 5, 1800.0, True),
+        (8, 60.0, 5, 61.0, True),  # whichever comes first
+        (8, 60.0, 8, 0.0, True),
+        (None, None, 8, 9e9, False),
+    ],
+)
+def test_steps_or_seconds_make_a_checkpoint_due(every, every_seconds, step, seconds, due):
+    assert Checkpoint("x", every, every_seconds).due(step, seconds) == due
 
 
 def test_without_a_metric_only_the_last_is_kept(tmp_path):

@@ -65,6 +65,8 @@ OTHER = {  # where no other value can be guessed
     "model.attention": "eager",
     "model.lora": {"r": 4},
     "engine.vllm.options": {"block_size": 16},
+    "engine.vllm.gpu_memory_share": 0.5,
+    "callbacks.rank_watch.patience": 60.0,
     "engine.vllm.kv_cache_dtype": "fp8",
     "engine.folder": "/",
     "engine.addresses": ["http://localhost:9"],

@@ -19,6 +19,7 @@ class Data:
     """Three rollout steps of two updates."""
 
     rollout_step = epochs_done = 0
+    prompts_per_epoch = 4
 
     def exhausted(self) -> None:
         return None
@@ -116,7 +117,8 @@ def loop_of(told: list[str], ended_by: str | None = None) -> tuple[RolloutLoop, 
 
     parts = SimpleNamespace(
         weight_sync=SimpleNamespace(sync=says("sync")),
-        validation=SimpleNamespace(due=lambda step, ended: True, validate=says("validate")),
+        sampler=None,
+        validation=SimpleNamespace(due=lambda *where: True, validate=says("validate")),
         rollout_log=SimpleNamespace(write=says("log")),
         checkpoint=SimpleNamespace(save_if_due=says("save")),
         preemption=SimpleNamespace(stop=says("stop")),

@@ -5,10 +5,12 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
@@ -16,28 +18,36 @@ from lightning.pytorch.strategies import Strategy
 
 from rlzoo.callbacks.state import Cursor, Run
 from rlzoo.errors import UserError
-from rlzoo.models.checkpoints import FORMAT, SAVED, UNFINISHED, saved_by
+from rlzoo.models.checkpoints import BEST, FORMAT, SAVED, UNFINISHED, WEIGHTS_ALONE, saved_by
+from rlzoo.models.gather import whole_state
 from rlzoo.ranks.exchange import all_gather
 from rlzoo.report.columns import AVG
-from rlzoo.values import AtLeast0, AtLeast1, PathText, Text
+from rlzoo.values import AtLeast0, AtLeast1, PathText, Positive, Text
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoint(Callback):
-    """Saves at boundaries, to `checkpoints/step_N.ckpt`; `last.ckpt` and `best.ckpt` point there.
+    """Saves at boundaries, to `checkpoints/step_N.ckpt`, where `last.ckpt` points; of the best ones
+    it keeps the weights alone, in `checkpoints/weights_N.ckpt`, where `best.ckpt` points.
 
     A checkpoint is whole or absent: it is written aside and renamed, and older ones are removed
     after that. Under DDP it is a file, under DeepSpeed and FSDP a folder with a part for each rank.
     It holds how many rows each logger had written, and a resume cuts their files back to that.
+    Weights alone are one file under every strategy, in the numbers that the strategy holds them in,
+    for an export, for `init_from` and for `resume=weights`.
+
+    Besides, the last boundary of a run is saved, and one at which it was told to stop.
 
     Args:
         run_dir: where `checkpoints/` is.
-        every: rollout steps between two checkpoints.
+        every: rollout steps between two checkpoints; None: by seconds alone.
+        every_seconds: seconds, by rank 0's clock, after which the next boundary saves; None: by
+            steps alone.
         monitor: column of metrics.csv whose largest value is the best; null keeps no best. A name
             under `val/` that the first validation does not give is refused, another that the first
             rollout step does not give is warned of.
-        keep_best: checkpoints kept beside the last one, those with the largest `monitor`.
+        keep_best: how many of the best are kept, those with the largest `monitor`.
         asynchronous: writes the file from a thread, on a copy of everything in memory, while the
             next rollout step is drawn. Not under DeepSpeed and FSDP, which write for themselves.
     """
@@ -45,12 +55,15 @@ class Checkpoint(Callback):
     def __init__(
         self,
         run_dir: PathText,
-        every: AtLeast1 = 1,
+        every: AtLeast1 | None = 1,
+        every_seconds: Positive | None = None,
         monitor: Text | None = "val/avg_at_8",
         keep_best: AtLeast0 = 1,
         asynchronous: bool = False,
     ) -> None:
-        self.folder, self.every, self.monitor = Path(run_dir) / "checkpoints", every, monitor
+        self.folder, self.monitor = Path(run_dir) / "checkpoints", monitor
+        self.every, self.every_seconds = every, every_seconds
+        self.saved_at = time.monotonic()
         self.keep_best = keep_best if monitor is not None else 0
         self.validated = False  # whether the first validation gave the monitor
         self.best: list[tuple[float, str]] = []  # (score, name) of those kept, the best one first
@@ -86,14 +99,23 @@ class Checkpoint(Callback):
     def save_if_due(self, run: Run, cursor: Cursor, trainer: Trainer, preempted: bool) -> None:
         """Saves at every so many rollout steps, at the best one so far, and before any end."""
         step = cursor.rollout_step
-        score = all_gather(run.last_row.get(self.monitor or ""))[0]  # rank 0 alone has the row
+        found = run.last_row.get(self.monitor or ""), time.monotonic() - self.saved_at
+        score, seconds = all_gather(found)[0]  # rank 0 alone has the row, and its clock counts
         if trainer.is_global_zero and step == 1:
             self.warn_of_monitor(run.last_row)
-        name = f"step_{step:06d}.ckpt"
-        improved = self.ranked(score, name)
-        if run.ended_by or improved or preempted or step % self.every == 0:
+        weights = f"weights_{step:06d}.ckpt"
+        if self.ranked(score, weights):
             with run.ledger.phase("checkpointing"):
-                self.save(trainer, name)
+                self.save_weights(trainer, weights)
+        if run.ended_by or preempted or self.due(step, seconds):
+            with run.ledger.phase("checkpointing"):
+                self.save(trainer, f"step_{step:06d}.ckpt")
+            self.saved_at = time.monotonic()
+
+    def due(self, step: int, seconds: float) -> bool:
+        """Whether so many rollout steps, or seconds since the last checkpoint, ask for one."""
+        by_steps = self.every is not None and step % self.every == 0
+        return by_steps or (self.every_seconds is not None and seconds >= self.every_seconds)
 
     def check_monitor(self, run: Run) -> None:
         """Refuses a `val/` name that the validation before the first update has not given.
@@ -150,6 +172,28 @@ class Checkpoint(Callback):
         if trainer.is_global_zero and not self.asynchronous:
             self.publish(partial)
 
+    def save_weights(self, trainer: Trainer, name: str) -> None:
+        """Writes weights, data position and counts to one file, which becomes the best; collective
+        where weights are sharded."""
+        module, data = trainer.lightning_module, vars(trainer)["datamodule"]
+        weights = whole_state(module, keep=trainer.is_global_zero)
+        states = {part.state_key: part.state_dict() for part in vars(trainer)["callbacks"]}
+        states = {key: found for key, found in states.items() if found}
+        if not trainer.is_global_zero:
+            return
+        state = {"state_dict": weights, WEIGHTS_ALONE: True, "callbacks": states, "loops": {}}
+        state[type(data).__qualname__] = data.state_dict()
+        module.on_save_checkpoint(state)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{name}.partial"
+        try:
+            torch.save(state, partial)
+        except OSError:
+            remove(partial)
+            raise
+        os.replace(partial, self.folder / name)
+        self.point_to_best()
+
     def publish(self, partial: Path) -> None:
         """Makes a whole checkpoint the last one, and removes those that are no longer kept."""
         name = partial.name.removesuffix(".partial")
@@ -157,10 +201,16 @@ class Checkpoint(Callback):
         remove(self.folder / name)
         os.replace(partial, self.folder / name)
         point(self.folder / "last.ckpt", name)
-        if best:
-            point(self.folder / "best.ckpt", best[0])
-        for path in ours(self.folder, SAVED):
+        for path in [*ours(self.folder, SAVED), *ours(self.folder, BEST)]:
             if path.name not in {name, *best}:
+                remove(path)
+
+    def point_to_best(self) -> None:
+        """Moves `best.ckpt`, and removes weights that are no longer among the best."""
+        names = [name for _, name in self.best]
+        point(self.folder / "best.ckpt", names[0])
+        for path in ours(self.folder, BEST):
+            if path.name not in names:
                 remove(path)
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rlzoo.ranks.whereabouts import HERE
 from rlzoo.values import Positive
 
 BEAT = 1.0  # seconds between two signs of life
+PATIENCE, PATIENCE_OVER_NETWORK = 30.0, 120.0  # seconds; a switch may be away for a minute
 SHORTLY_BEFORE = 0.95  # of the time-out of an exchange: the run ends with a word of ours
 LOST_RANK = 70  # exit code of a run that lost a rank
 SYMPTOMS = (
@@ -48,14 +49,18 @@ class RankWatch(Callback):
     shortly before the exchange would time out, that is the run's last word.
 
     Args:
-        patience: seconds without a sign after which a rank counts as dead, at least 5.
+        patience: seconds without a sign after which a rank counts as dead, at least 5; None is
+            PATIENCE on one machine and PATIENCE_OVER_NETWORK on several.
         stall: seconds in which no rank moves on after which it is said where each one is.
     """
 
-    def __init__(self, patience: Annotated[float, Ge(5)] = 30.0, stall: Positive = 120.0) -> None:
+    def __init__(
+        self, patience: Annotated[float, Ge(5)] | None = None, stall: Positive = 120.0
+    ) -> None:
         if not stall > 0:
             raise UserError(f"callbacks.rank_watch.stall must be above 0 s, got {stall}.")
-        self.patience, self.stall = patience, stall
+        self.patience, self.stall = patience or PATIENCE, stall
+        self.chosen = patience is not None
         self.limit = float("inf")  # seconds of standing still after which the run is ended
         self.notice = stall  # seconds of standing still at which it is said next
         self.moves: dict[int, tuple[str, float]] = {}  # by rank: where it is, and since when
@@ -67,6 +72,8 @@ class RankWatch(Callback):
         rank, size = world()
         if size == 1 or self.thread is not None:
             return
+        if not self.chosen and len(set(all_gather(socket.gethostname()))) > 1:
+            self.patience = PATIENCE_OVER_NETWORK
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         timeout = timedelta(seconds=self.patience)
         port = None

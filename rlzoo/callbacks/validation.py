@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 from lightning import Callback
 
 from rlzoo.callbacks.state import Run
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.learning.metrics import PassMetrics
 from rlzoo.values import AtLeast0
+
+SHARE = 0.1  # of the responses drawn, that every=auto spends on validation
 
 
 class Validation(Callback):
@@ -15,14 +20,31 @@ class Validation(Callback):
     drawn from the stream "val", which the budget does not pay for but the ledger counts.
 
     Args:
-        every: rollout steps between two validations; 0 validates before and after the run only.
+        every: rollout steps between two validations; 0 validates before and after the run only,
+            "auto" as often as makes validation at most SHARE of the responses drawn between two.
     """
 
-    def __init__(self, every: AtLeast0 = 5) -> None:
+    def __init__(self, every: AtLeast0 | Literal["auto"] = 5) -> None:
         self.every = every
 
-    def due(self, rollout_step: int, ended: bool) -> bool:
-        return ended or (self.every > 0 and rollout_step % self.every == 0)
+    def due(self, data: RolloutDataModule, ended: bool, pilots: int = 0) -> bool:
+        """Whether a boundary validates.
+
+        Args:
+            data: at the boundary.
+            ended: whether it is the last one.
+            pilots: that are drawn for each plan of budgets.
+        """
+        every = self.interval(data, pilots)
+        return ended or (every > 0 and data.rollout_step % every == 0)
+
+    def interval(self, data: RolloutDataModule, pilots: int = 0) -> int:
+        """Rollout steps between two validations; 0 for none between first and last."""
+        if self.every != "auto":
+            return self.every
+        drawn = data.responses_per_step + pilots / data.steps_per_epoch
+        cost = len(data.val_prompts) * data.val_responses
+        return math.ceil(cost * (1 - SHARE) / SHARE / drawn)
 
     def validate(self, run: Run, data: RolloutDataModule) -> None:
         """Adds `val/avg_at_K`, `val/pass_at_k`, `val/stderr` and `val/length` to the row.

@@ -54,6 +54,8 @@ class FilePrompts:
         answer_format: a name from ANSWER_FORMATS.
         on_bad_row: `error` stops at a row without question or answer, an unreadable one, or one
             that repeats the id or the question of another; `skip` leaves it out and counts it.
+        val_prompts: most validation prompts, likewise a seeded choice; the others of that split lie
+            idle, which is said. None: all.
         max_prompts: most prompts of a split, a seeded choice in the order of the file; None: all.
         seed: of the splits and of that choice.
         template: how a question becomes tokens.
@@ -78,6 +80,7 @@ class FilePrompts:
         answer_format: Literal["plain", "boxed", "hashes", "first"] = "plain",
         on_bad_row: Literal["error", "skip"] = "error",
         max_prompts: AtLeast1 | None = None,
+        val_prompts: AtLeast1 | None = None,
         seed: Seed = 0,
         template: PromptTemplate | None = None,
     ) -> None:
@@ -93,7 +96,8 @@ class FilePrompts:
         self.solution_column, self.id_column = solution_column, id_column
         self.file_format, self.answer_format = file_format, answer_format
         self.fractions = {"val": val_fraction, "test": test_fraction}
-        self.on_bad_row, self.max_prompts, self.seed = on_bad_row, max_prompts, seed
+        self.on_bad_row, self.seed = on_bad_row, seed
+        self.max_prompts, self.val_prompts = max_prompts, val_prompts
         self.template = template or PromptTemplate()
         self._read: dict[str, list[Prompt]] = {}  # by path: a file is read and reported on once
         self._splits: list[str] = []  # of the prompts of `path`
@@ -117,11 +121,22 @@ class FilePrompts:
             if split == "train":
                 mend = "Lower data.val_fraction or give more rows."
             raise UserError(f"The {split} split of {self.path} has no prompts. {mend}")
-        if self.max_prompts is None or len(prompts) <= self.max_prompts:
+        most = self.most(split)
+        if most is None or len(prompts) <= most:
             return list(prompts)
+        if split == "val" and most == self.val_prompts:
+            log.info(
+                f"data.val_prompts={most} of {len(prompts):,} validation prompts are validated on,"
+                " the others lie idle (data.val_fraction, data.val_path)."
+            )
         chosen = sorted(prompts, key=lambda prompt: self.uniform("choice", prompt.id))
-        keep = {prompt.id for prompt in chosen[: self.max_prompts]}
+        keep = {prompt.id for prompt in chosen[:most]}
         return [prompt for prompt in prompts if prompt.id in keep]
+
+    def most(self, split: str) -> int | None:
+        """Most prompts of a split; None without a limit."""
+        limits = [self.max_prompts, self.val_prompts if split == "val" else None]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def split_of(self, prompt: Prompt) -> str:
         """The split that a prompt of `path` is in; more test prompts never move a val prompt.

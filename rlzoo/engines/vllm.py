@@ -38,6 +38,7 @@ from rlzoo.ranks.exchange import all_gather, world
 from rlzoo.values import AtLeast1, PathText, Positive, ShareAbove0, Text
 
 GIB = 2**30
+AUTO_SHARE = 0.4  # of a GPU, where no forecast has said more; enough for 1.5B beside its trainer
 NOT_INSTALLED = (
     "engine=vllm needs vLLM, which is not installed. Install rlzoo[vllm] on a machine with CUDA,"
     " requirements/cpu.txt (make venv) on one without, or take engine=transformers."
@@ -96,8 +97,9 @@ class VLLMEngine(VLLMBase):
     Args:
         dtype: "auto" is float32 on a CPU and bfloat16 on a GPU.
         kv_cache_gb: GiB of key-value cache; null on CUDA fills `gpu_memory_share`.
-        gpu_memory_share: of the GPU, for weights and cache together, in (0, 1]. CUDA alone.
-        max_num_seqs: responses decoded at once.
+        gpu_memory_share: of the GPU, for weights and cache together, in (0, 1]. CUDA alone. "auto"
+            is AUTO_SHARE here; the launch puts what its forecast of memory leaves in its place.
+        max_num_seqs: responses decoded at once; None is 512 on a GPU and 256 on a CPU.
         tensor_parallel: GPUs that hold one engine together, consecutive ranks of one node.
         sleep_level: what is given back while the policy trains: 0 nothing, 1 the cache (weights
             wait in host memory), 2 the cache and the weights. CUDA alone.
@@ -118,8 +120,8 @@ class VLLMEngine(VLLMBase):
         *model: Any,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         kv_cache_gb: Positive | None = None,
-        gpu_memory_share: ShareAbove0 = 0.4,
-        max_num_seqs: AtLeast1 = 256,
+        gpu_memory_share: ShareAbove0 | Literal["auto"] = "auto",
+        max_num_seqs: AtLeast1 | None = None,
         tensor_parallel: AtLeast1 = 1,
         sleep_level: Literal[0, 1, 2] = 2,
         enforce_eager: bool = False,
@@ -137,8 +139,9 @@ class VLLMEngine(VLLMBase):
         check_heads(getattr(text, "num_attention_heads", None), tensor_parallel)
         self.cuda = torch.cuda.is_available()
         self.dtype: str = dtype if dtype != "auto" else "bfloat16" if self.cuda else "float32"
-        self.kv_cache_gb, self.gpu_memory_share = kv_cache_gb, gpu_memory_share
-        self.max_num_seqs, self.tensor_parallel = max_num_seqs, tensor_parallel
+        self.kv_cache_gb, self.tensor_parallel = kv_cache_gb, tensor_parallel
+        self.gpu_memory_share = AUTO_SHARE if gpu_memory_share == "auto" else gpu_memory_share
+        self.max_num_seqs = max_num_seqs or (512 if self.cuda else 256)
         self.sleep_level = sleep_level if self.cuda else 0
         self.enforce_eager = enforce_eager or not self.cuda
         # On a CPU, vLLM 0.32.0 raises where a request with a seed is prefilled in pieces.

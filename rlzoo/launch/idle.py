@@ -87,6 +87,17 @@ REFUSED = [
         lambda cfg: cfg.resume != "exact" and cfg.ckpt_path is None,
         "nothing is resumed. Add ckpt_path=last.",
     ),
+    Idle(
+        "sizes.prompts_per_epoch sizes.responses_per_step sizes.max_response_tokens"
+        " sizes.max_responses sizes.val_every",
+        supervised,
+        "algo=sft draws and judges nothing.",
+    ),
+    Idle(
+        "sizes.max_solution_tokens",
+        lambda cfg: not supervised(cfg),
+        "algo=sft alone trains on written solutions.",
+    ),
     Idle("lr", unread("lr"), "no setting reads it. Is it algo.optimizer.lr?"),
     Idle("critic_lr", unread("critic_lr"), "no setting reads it: only algo=ppo has a critic."),
     Idle(
@@ -108,6 +119,11 @@ REFUSED = [
         "callbacks.checkpoint.keep_best",
         lambda cfg: OmegaConf.select(cfg, "callbacks.checkpoint.monitor") is None,
         "callbacks.checkpoint.monitor is null, so there is no best.",
+    ),
+    Idle(
+        "callbacks.checkpoint.every_seconds",
+        lambda cfg: OmegaConf.select(cfg, "callbacks.checkpoint.every") == 1,
+        "callbacks.checkpoint.every=1 saves at every boundary. Set that to null.",
     ),
     Idle(
         "callbacks.weight_sync.probe_tolerance",

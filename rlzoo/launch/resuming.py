@@ -46,6 +46,11 @@ RULES = (
     ("debug", "free"),
     ("doctor", "free"),
     ("val_every", "free"),
+    ("sizes.prompts_per_epoch", "fixed"),  # as the keys that read them
+    ("sizes.responses_per_step", "fixed"),
+    ("sizes.max_response_tokens", "weights"),
+    ("sizes.max_solution_tokens", "weights"),
+    ("sizes.*", "free"),
     ("limits.*", "free"),
     ("logger*", "free"),
     ("hydra.*", "free"),

@@ -52,7 +52,7 @@ TOP: dict[str, Any] = {  # the values of train.yaml itself, and those that model
     "replay": PathText | None,
     "doctor": bool,
     "debug": bool,
-    "val_every": AtLeast0,
+    "val_every": AtLeast0 | Literal["auto"],
     "lr": NonNegative,
     "critic_lr": Positive,
 }

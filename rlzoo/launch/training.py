@@ -39,7 +39,14 @@ from rlzoo.launch.schema import check_settings
 from rlzoo.launch.summary import ended, summarize
 from rlzoo.launch.targets import is_kind, target_of
 from rlzoo.loop import RolloutLoop, SupervisedLoop
-from rlzoo.models.checkpoints import data_state, kind_of, run_state, saved_by, whole_weights
+from rlzoo.models.checkpoints import (
+    WEIGHTS_ALONE,
+    data_state,
+    kind_of,
+    run_state,
+    saved_by,
+    whole_weights,
+)
 from rlzoo.models.loading import load_config
 from rlzoo.models.lora import check_lora, lora_settings
 from rlzoo.models.policy import eos_token_ids, load_tokenizer
@@ -188,6 +195,12 @@ def check_resume(cfg: DictConfig, checkpoint: Path, state: dict[str, Any], exact
             " out ckpt_path and name a new run_dir, or leave out doctor=true."
         )
     saved = saved_by(state)
+    if exact and state.get(WEIGHTS_ALONE):
+        raise UserError(
+            f"The checkpoint {checkpoint} holds weights alone, as the best ones do, so that the"
+            " optimizer cannot go on from it. Resume the last one with ckpt_path=last, or add"
+            " resume=weights: data, counts and outputs go on from there, the optimizer starts anew."
+        )
     check_model(cfg, checkpoint, saved)
     check_same_lora(cfg, checkpoint, state.get("lora"))
     if exact:

@@ -18,7 +18,9 @@ from rlzoo.models.lora import merged
 
 FORMAT = 2  # of the checkpoint; raised when old ones can no longer be resumed
 SAVED = re.compile(r"step_\d{6,}\.ckpt")  # names of ours; what else lies beside them is not
-UNFINISHED = re.compile(r"(step_\d{6,}|last|best)\.ckpt\.partial")
+BEST = re.compile(r"weights_\d{6,}\.ckpt")  # likewise, of weights alone
+UNFINISHED = re.compile(r"((step|weights)_\d{6,}|last|best)\.ckpt\.partial")
+WEIGHTS_ALONE = "weights_alone"  # key of a file without optimizer, which the best ones are
 DEEPSPEED_TAG = "checkpoint"  # Lightning's name for the folder of DeepSpeed's shards
 FSDP_META = "meta.pt"  # Lightning's name for what is not sharded
 _DCP = "torch.distributed.checkpoint"

@@ -36,6 +36,23 @@ def gathered(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[s
             yield name, whole(parameter)
 
 
+def whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """A module's state_dict whole, on the CPU, tied weights under each of their names; collective.
+
+    Args:
+        keep: False on ranks that only take part, which get an empty one.
+    """
+    found: dict[str, Tensor] = {}
+    first: dict[int, str] = {}  # by parameter: the name it is kept under
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if (other := first.setdefault(id(tensor), name)) != name:
+            found |= {name: found[other]} if keep else {}
+            continue
+        for _, full in gathered([(name, tensor)]):
+            found |= {name: full.detach().cpu()} if keep else {}
+    return found
+
+
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 holds it in parts."""
     return hasattr(parameter, "ds_id")

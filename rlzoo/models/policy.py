@@ -32,7 +32,7 @@ def load_policy(
     path: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     attention: str = AUTO,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | Literal["auto"] = False,
     trust_remote_code: bool = False,
     init_from: str | None = None,
     lora: Mapping[str, Any] | None = None,
@@ -44,7 +44,8 @@ def load_policy(
         dtype: of the weights: float32, bfloat16 or float16.
         attention: transformers' attn_implementation, "packed" (rows stand one after another), or
             "auto": packed where the family can be, else sdpa, or eager.
-        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: recompute activations in the backward pass; "auto" where there is
+            CUDA and the family can.
         trust_remote_code: run code that a hub model brings along.
         init_from: takes the weights, and nothing else, from an rlzoo checkpoint or from
             another model directory of the same architecture. Adapters that a checkpoint has are
@@ -69,6 +70,10 @@ def load_policy(
     policy = load_frozen(path, dtype, attention, trust_remote_code, init_from)
     if lora is not None:
         add_lora(policy, lora)
+    if gradient_checkpointing == "auto":
+        gradient_checkpointing = (
+            torch.cuda.is_available() and policy.supports_gradient_checkpointing
+        )
     if gradient_checkpointing:
         enable_checkpointing(policy, f"model.path={path}")
     return policy

@@ -6,16 +6,21 @@ from datetime import timedelta
 
 from lightning.pytorch.strategies import DDPStrategy
 
-from rlzoo.values import Positive
+from rlzoo.values import AtLeast1, Positive
 
 
-def auto() -> str:
-    """Lightning's choice: one process needs no strategy, several get DDP."""
-    return "auto"
+def auto(devices: AtLeast1 = 1, nodes: AtLeast1 = 1) -> DDPStrategy | str:
+    """One process needs no strategy, several get DDP.
+
+    Args:
+        devices: processes of each machine.
+        nodes: machines.
+    """
+    return "auto" if devices * nodes == 1 else ddp()
 
 
 def ddp(timeout: Positive = 1800.0) -> DDPStrategy:
-    """Every process holds the whole policy; gradients are averaged.
+    """Every process holds the whole policy; gradients are averaged, and live in their buckets.
 
     Args:
         timeout: seconds that a process waits for the others in one exchange.
