@@ -118,10 +118,10 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
 
     def boundary(self, trainer: Trainer) -> None:
         run, data, algo, parts = self.run, self.data, self.algo, self.parts
+        ended = run.ended_by is not None
         if parts.weight_sync:
             parts.weight_sync.sync(run, data, algo)
-        ended, pilots = run.ended_by is not None, self.pilots
-        if parts.validation and parts.validation.due(data, ended, pilots):
+        if parts.validation and parts.validation.due(data, ended, self.pilots):
             parts.validation.validate(run, data)
         self.call_others(trainer)
         if parts.rollout_log:
