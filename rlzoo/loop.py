@@ -126,6 +126,7 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
         self.call_others(trainer)
         if parts.rollout_log:
             parts.rollout_log.write(run, data, algo)
+        self.tell_memory()
         self.save_and_stop(trainer)
 
     @property
@@ -190,6 +191,7 @@ class SupervisedLoop(Seam[SFTDataModule, SFT]):
         self.call_others(trainer)
         if self.parts.sft_log:
             self.parts.sft_log.write(self.run, self.data, self.algo)
+        self.tell_memory()
         self.save_and_stop(trainer)
 
     @property

@@ -25,6 +25,7 @@ from rlzoo.callbacks.validation import Validation
 from rlzoo.callbacks.weight_sync import WeightSync
 from rlzoo.errors import UserError
 from rlzoo.models.checkpoints import run_state
+from rlzoo.ranks.exchange import all_gather
 from rlzoo.types import Update
 
 Data = TypeVar("Data", bound=Cursor)
@@ -131,6 +132,8 @@ class Seam(Callback, Generic[Data, Algo]):
         self.run, self.data, self.algo, self.parts, self.begun = run, data, algo, parts, begun
         self._training: ExitStack | None = None  # phase and bar of training, while it lasts
         self.due = 0  # microbatches of the rollout step in training
+        self.measured: Callable[[dict[str, float]], None] = lambda peaks: None  # told of memory
+        self.measurements = 2  # boundaries that tell of it: Adam's states come with the first step
 
     @property
     def updates_per_step(self) -> int:
@@ -179,6 +182,18 @@ class Seam(Callback, Generic[Data, Algo]):
         for callback in callbacks_of(trainer):
             if hasattr(callback, "on_boundary"):
                 callback.on_boundary(self.run, self.algo)
+
+    def tell_memory(self) -> None:
+        """At the first boundaries of this process: the most memory that each phase has taken, of
+        the rank where that was most; collective."""
+        ledger = self.run.ledger
+        if ledger.peaks is None:
+            return
+        found = all_gather(ledger.peaks.bytes)
+        self.measured({name: max(each.get(name, 0) for each in found) for name in found[0]})
+        self.measurements -= 1
+        if self.measurements == 0:
+            ledger.peaks = None
 
     def save_and_stop(self, trainer: Trainer) -> None:
         """Saves what is due; ends the process if it was told to stop and the run goes on."""

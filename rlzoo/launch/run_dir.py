@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 FILES = (
     "config.yaml",
     "environment.json",
+    "forecast.json",
     "metrics.csv",
     "ledger.csv",
     "summary.json",

@@ -30,6 +30,7 @@ from rlzoo.data.sft import SFTDataModule
 from rlzoo.engines.shapes import empty_model, expected_shapes
 from rlzoo.errors import UserError
 from rlzoo.export import write as write_policy
+from rlzoo.launch import forecast
 from rlzoo.launch.idle import check_idle, check_idle_options
 from rlzoo.launch.preflight import check_parts
 from rlzoo.launch.processes import cluster_plugins, is_first, log_name
@@ -51,6 +52,7 @@ from rlzoo.models.loading import load_config
 from rlzoo.models.lora import check_lora, lora_settings
 from rlzoo.models.policy import eos_token_ids, load_tokenizer
 from rlzoo.report.ledger import Ledger, Limits
+from rlzoo.report.peaks import Peaks
 from rlzoo.report.progress import Bars
 from rlzoo.rewards.calling import make_reward
 
@@ -80,6 +82,7 @@ def train(cfg: DictConfig) -> None:
 
 def train_in(run_dir: Path, cfg: DictConfig) -> None:
     """`train`, in a directory that is this run's alone."""
+    foreseen = forecast.settle(cfg)
     checkpoint, state = find_checkpoint(cfg.ckpt_path, run_dir)
     exact, before, bars = cfg.resume == "exact", None, Bars(enabled=is_first())
     if checkpoint is not None and state is not None:
@@ -97,8 +100,16 @@ def train_in(run_dir: Path, cfg: DictConfig) -> None:
     if checkpoint is not None and state is not None and not exact:
         loop.algo.restored_weights = partial(whole_weights, checkpoint)
         callbacks.insert(0, Restore(state, data))
+    run.ledger.peaks = Peaks(forecast.on_gpu(cfg))
     if is_first():
-        loop.begun = partial(describe, run_dir, cfg, before and before["config"])
+        log.info(forecast.line(foreseen))
+        loop.measured = partial(tell_memory, foreseen, run_dir, bars)
+
+        def begun() -> None:
+            describe(run_dir, cfg, before and before["config"])
+            forecast.write(foreseen, run_dir)
+
+        loop.begun = begun
     trainer = build_trainer(cfg, callbacks, purge_step(cfg, state))
     del state  # mapped from a file, which would keep its room on the disk once it is removed
     try:
@@ -118,6 +129,14 @@ def train_in(run_dir: Path, cfg: DictConfig) -> None:
         export = loop.parts.export
         fault = None if export is None else export.fault
         finish(cfg, run, data.rollout_step, fault)
+
+
+def tell_memory(
+    foreseen: forecast.Forecast, run_dir: Path, bars: Bars, measured: dict[str, float]
+) -> None:
+    """Puts what phases took beside what they were to take, in the log and in forecast.json."""
+    bars.print_line(forecast.compared(foreseen, measured))
+    forecast.write(foreseen, run_dir, measured)
 
 
 def leave_as_found(run_dir: Path, cfg: DictConfig, run: Run) -> None:

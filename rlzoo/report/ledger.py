@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlzoo.ranks.whereabouts import HERE
+from rlzoo.report.peaks import Peaks
 from rlzoo.values import AtLeast1, Positive
 
 PAID = ("train", "pilot")  # streams whose responses the budget pays for
@@ -35,11 +36,13 @@ class Ledger:
     Attributes:
         counts: responses and tokens by stream, updates, skipped updates.
         phases: seconds by phase; `spent` has them up to now, with "other".
+        peaks: looks at the memory of each phase, as long as it is there.
     """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.phases: dict[str, float] = {}
+        self.peaks: Peaks | None = None
         self._earlier = 0.0  # seconds of the runs this one resumes
         self._stack: list[str] = []
         self._start = self._mark = time.perf_counter()
@@ -78,6 +81,8 @@ class Ledger:
         if self._stack:
             name = self._stack[-1]
             self.phases[name] = self.phases.get(name, 0.0) + now - self._mark
+            if self.peaks is not None:
+                self.peaks.note(name)
         self._mark = now
 
     @property
