@@ -28,6 +28,7 @@ from rlzoo.models.checkpoints import run_state
 from rlzoo.ranks.exchange import all_gather
 from rlzoo.types import Update
 
+MEASUREMENTS = 2  # boundaries at which memory is told: after the first, Adam's states are there
 Data = TypeVar("Data", bound=Cursor)
 Algo = TypeVar("Algo", bound=PolicyAlgorithm)
 
@@ -132,8 +133,8 @@ class Seam(Callback, Generic[Data, Algo]):
         self.run, self.data, self.algo, self.parts, self.begun = run, data, algo, parts, begun
         self._training: ExitStack | None = None  # phase and bar of training, while it lasts
         self.due = 0  # microbatches of the rollout step in training
-        self.measured: Callable[[dict[str, float]], None] = lambda peaks: None  # told of memory
-        self.measurements = 2  # boundaries that tell of it: Adam's states come with the first step
+        self.measured: Callable[[dict[str, float], bool], None] = lambda peaks, first: None
+        self.measurements = MEASUREMENTS
 
     @property
     def updates_per_step(self) -> int:
@@ -190,7 +191,8 @@ class Seam(Callback, Generic[Data, Algo]):
         if ledger.peaks is None:
             return
         found = all_gather(ledger.peaks.bytes)
-        self.measured({name: max(each.get(name, 0) for each in found) for name in found[0]})
+        largest = {name: max(each.get(name, 0) for each in found) for name in found[0]}
+        self.measured(largest, self.measurements == MEASUREMENTS)
         self.measurements -= 1
         if self.measurements == 0:
             ledger.peaks = None

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 FILE = "forecast.json"
 MOST_TOKENS = {"cuda": 65_536, "cpu": 16_384}  # of a microbatch; more makes none faster
 STEP = 1_024  # tokens that an automatic microbatch is a multiple of
-CONTEXT = {"cuda": 2.5e9, "cpu": 1.0e9}  # bytes: CUDA's context, NCCL and graphs; a process's code
+CONTEXT = {"cuda": 2.5e9, "cpu": 0.7e9}  # bytes: CUDA's context, NCCL and graphs; a process's code
 SLACK = 0.05  # of a GPU, lost to fragments
 FAR = 1.5  # times a machine's memory over which a forecast is refused on a CPU, where it may swap
 ENGINE_WORK = 3.0e9  # bytes of vLLM beside weights and cache: a prefill of 16,384 tokens
@@ -447,4 +447,4 @@ def compared(found: Forecast, measured: Mapping[str, float]) -> str:
         if name in measured
     ]
     kind = what[found.facts.setting.device]
-    return f"Memory so far, GB, measured ({kind}): {', '.join(phases)}."
+    return f"Memory of the first step, GB, measured ({kind}): {', '.join(phases)}."

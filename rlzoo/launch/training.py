@@ -132,10 +132,15 @@ def train_in(run_dir: Path, cfg: DictConfig) -> None:
 
 
 def tell_memory(
-    foreseen: forecast.Forecast, run_dir: Path, bars: Bars, measured: dict[str, float]
+    foreseen: forecast.Forecast,
+    run_dir: Path,
+    bars: Bars,
+    measured: dict[str, float],
+    first: bool,
 ) -> None:
     """Puts what phases took beside what they were to take, in the log and in forecast.json."""
-    bars.print_line(forecast.compared(foreseen, measured))
+    if first:
+        bars.print_line(forecast.compared(foreseen, measured))
     forecast.write(foreseen, run_dir, measured)
 
 

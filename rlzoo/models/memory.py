@@ -24,7 +24,7 @@ PARTS = ("weights", "gradients", "optimizer")
 ELEMENT = {"float32": 4, "autocast": 2, "half": 2}  # bytes, of what linear layers compute in
 RESIDUAL = {"float32": 4, "autocast": 4, "half": 2}  # bytes, of the stream between layers
 BUCKET = 500_000_000  # elements that DeepSpeed exchanges at once, its default
-TILE = {"cpu": 2**23, "cuda": 2**28}  # bytes of logits made at once (rlzoo/models/tiles.py)
+TILE = {"cpu": 2**23, "cuda": 2**28}  # bytes of logits made at once
 TILES = 4  # of them at a time: logits, probabilities, their gradient, and one as it is made
 
 
