@@ -105,7 +105,8 @@ def rollouts_of(responses: int, seed: int) -> Rollouts:
 
 def policy(checkpointing: bool) -> PreTrainedModel:
     torch.manual_seed(0)
-    made = tiny_model("qwen2", max_position_embeddings=PROMPT + LIMIT).train()
+    made = tiny_model("qwen2", max_position_embeddings=PROMPT + LIMIT)
+    made.train()
     reason = why_not(made)
     assert reason is None, reason
     if checkpointing:
