@@ -35,6 +35,16 @@ class Parity:
         return parity(texts)
 
 
+def questions_of(path: str) -> list[str]:
+    return [
+        "data=jsonl",
+        f"data.path={path}",
+        f"data.val_path={path}",  # never asked for
+        "data.template.system=null",
+        "data.template.user_suffix=''",
+    ]
+
+
 def overrides(spec: dict[str, Any], run_dir: str) -> list[str]:
     """The command line of the run: what is compared is rlzoo as it comes, but for what the other
     side does not do either (validation, checkpoints, files of rollouts)."""
@@ -43,15 +53,11 @@ def overrides(spec: dict[str, Any], run_dir: str) -> list[str]:
         "model=hf",
         f"model.path={spec['policy']}",
         "lr=1.0e-9",  # the same work, and the policy stays what it is
-        "data=jsonl",
-        f"data.path={spec['questions']}",
-        f"data.val_path={spec['questions']}",  # never asked for
-        "data.template.system=null",
-        "data.template.user_suffix=''",
+        *spec.get("data", questions_of(spec["questions"])),
         "~reward",
         "+reward._target_=rlzoo.bench._loop_rlzoo.Parity",
         "sampler=uniform",
-        "engine=transformers",
+        *spec.get("engine", ["engine=transformers"]),
         f"algo.updates={spec['updates']}",
         f"datamodule.prompts_per_epoch={spec['prompts_per_step']}",
         f"datamodule.responses_per_prompt={spec['group']}",
