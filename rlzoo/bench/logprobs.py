@@ -2,9 +2,9 @@
 
     python -m rlzoo.bench logprobs [--tokens 8192] [--timed-tokens 2048] [--repeats 5]
 
-The head of Qwen2.5-1.5B, the size that GVM's paper works with: 151,936 places, 1,536 wide, float32,
-random weights. Plain is what one writes down: whole logits, `logsumexp`, `gather`, the entropy from
-a softmax that carries no gradient, and autograd's backward pass.
+The head of Qwen2.5-0.5B: 151,936 places, 896 wide, float32, random weights. Plain is what one
+writes down: whole logits, `logsumexp`, `gather`, the entropy from a softmax that carries no
+gradient, and autograd's backward pass.
 
 - `memory_ratio`: most bytes of tensors that stand at once in a forward and a backward pass, ours
   over plain, at `--tokens`. Counted on fake tensors, since plain logits of 8,192 tokens take 25 GB;
@@ -12,8 +12,8 @@ a softmax that carries no gradient, and autograd's backward pass.
   counted: plain has more of that.
 - `time_ratio`: seconds of the same, ours over plain, at `--timed-tokens`, side by side.
 - `norm_time_ratio`: seconds of gradient norms, softmax and entropies included, over those of the
-  scores alone, forward, of responses of 512 tokens; `norm_time_ratio_at` has other lengths too.
-  On paper it is 1 + T / (2 D) for responses of T tokens.
+  scores alone, forward, of responses of 256 tokens. On paper it is 1 + T / (2 D) for responses of
+  T tokens: `norm_time_ratio_at` has longer ones too, and a wider model pays less.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from rlzoo.bench._live_tensors import peak_bytes
 from rlzoo.models.gradnorms import head_gradient_norms
 from rlzoo.models.logprobs import token_scores
 
-LENGTHS = (256, 512, 1024, 2048)  # tokens of a response
-MAIN_LENGTH = 512  # of `norm_time_ratio`
+LENGTHS = (256, 512, 1024)  # tokens of a response
+MAIN_LENGTH = 256  # of `norm_time_ratio`
 
 Scores = Callable[[Tensor, nn.Linear, Tensor], tuple[Tensor, Tensor]]
 
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m rlzoo.bench logprobs")
     parser.add_argument("--tokens", type=int, default=8192, help="that memory is counted of")
     parser.add_argument("--timed-tokens", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=1536)
+    parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)

@@ -103,6 +103,21 @@ def test_gradient_norms_follow_the_chain_rule_in_chunks(num_tokens, chunk, trans
     assert norm.item() == pytest.approx(weight.grad.norm().item(), rel=1e-5)
 
 
+class NormedHead(torch.nn.Linear):
+    """A head whose output is not its input times its weight."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden, torch.nn.functional.normalize(self.weight))
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
+    """Log-probs, their gradients and gradient norms are taken from its weight."""
+    policy = make_tiny_model(spread=0.1)
+    policy.lm_head = NormedHead(*reversed(policy.lm_head.weight.shape), bias=False)
+    with pytest.raises(UserError, match="in a way that rlzoo does not know"):
+        check_policy(policy, "model.path=here")
+
+
 # --- positions ------------------------------------------------------------------------------------
 
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.5, 2.0]}
