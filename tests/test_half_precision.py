@@ -23,8 +23,14 @@ PRODUCTS = [f"What is {a} * {b}?" for a, b in ((3, 4), (12, 4), (9, 21), (5, 7))
 
 
 @pytest.fixture(scope="module")
-def policy() -> PreTrainedModel:
-    return load_policy("tiny")
+def policies() -> dict[str, PreTrainedModel]:
+    """By attention: one row of real tokens, and padded rows."""
+    return {name: load_policy("tiny", attention=name) for name in ("packed", "sdpa")}
+
+
+@pytest.fixture(scope="module")
+def policy(policies) -> PreTrainedModel:
+    return policies["sdpa"]
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +88,15 @@ def exact(policy, rollouts) -> list[Tensor]:
 
 @on_each_device
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
 def test_log_probs_and_gradients_are_those_of_float32_on_a_cpu(
-    device, half, policy, rollouts, exact, record_property
+    device, half, attention, policies, rollouts, exact, record_property
 ):
-    torch.set_float32_matmul_precision("highest")
-    logprobs, gradient = scored(policy, rollouts, device, half)
+    logprobs, gradient = scored(policies[attention], rollouts, device, half)
     gap = float((logprobs - exact[0]).abs().mean())
     cosine = float(torch.cosine_similarity(gradient, exact[1], dim=0))
     longer = float(gradient.norm() / exact[1].norm())
-    kind = "bf16" if half else "float32"
+    kind = f"{attention}_{'bf16' if half else 'float32'}"
     for name, value in {"gap": gap, "gradient_cosine": cosine, "gradient_ratio": longer}.items():
         record_property(f"{kind}_{name}", value)
     assert gap < (0.02 if half else 1e-5)
