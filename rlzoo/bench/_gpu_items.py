@@ -262,11 +262,23 @@ def update_speed(place: Place, found: Found) -> None:
                 found.wrong.append(f"{way}: {failed}")
             continue
         found.figures[f"{way}_tokens_per_s"] = tokens / sum(column(rows, "time/training"))
-        phases = memory_lines(place.memory(way))[0]["phases"]
-        key = "torch_gb" if place.cuda else "device_gb"
-        found.figures[f"{way}_peak_gb"] = max(used[key] for used in phases.values())
+        if mfu := column(rows, "time/mfu"):
+            found.figures[f"{way}_mfu"] = mfu[0]
+        peak, on_paper = forecast_of(place, way)
+        found.figures |= {f"{way}_peak_gb": peak, f"{way}_peak_over_forecast": peak / on_paper}
+        if place.cuda:  # on a CPU it is that of a whole process
+            found.expect(
+                0.8 < peak / on_paper < 1.1,
+                f"{way}: training took {peak:.1f} GB, the forecast was {on_paper:.1f} GB",
+            )
     if not place.cuda:
         found.left_out.append("1.5B: a small policy instead")
+
+
+def forecast_of(place: Place, name: str) -> tuple[float, float]:
+    """GB of the training of a run: measured, and as it was forecast."""
+    told = json.loads((place.folder / name / "forecast.json").read_text())
+    return told["measured"]["training"] / GB, sum(told["on_paper"]["training"].values()) / GB
 
 
 def norms(place: Place, found: Found) -> None:
@@ -332,8 +344,8 @@ def small_run(place: Place, found: Found) -> None:
     found.expect(len(rows) >= 4, f"{len(rows)} rollout steps of 4")
     phases: dict[str, float] = {}
     for line in memory_lines(place.memory("run")):
-        for phase, used in line["phases"].items():
-            phases[phase] = max(phases.get(phase, 0.0), used["device_gb"])
+        for phase, used in line["phases_gb"].items():
+            phases[phase] = max(phases.get(phase, 0.0), used)
     found.figures |= {f"{phase.partition('/')[0]}_gb": used for phase, used in phases.items()}
     for name in ("time/sampling/train", "time/training", "time/weight_sync", "time/planning"):
         found.figures[f"{name.removeprefix('time/')}_s"] = sum(column(rows, name))

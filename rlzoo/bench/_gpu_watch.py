@@ -26,9 +26,9 @@ def device_gb() -> float:
 
 
 class MemoryWatch(Callback):
-    """Adds a line of JSON to a file at each boundary: the largest use seen at the borders of each
-    phase, torch's own peak within it, and what was taken when training began, while the engine
-    sleeps.
+    """Adds a line of JSON to a file at each boundary: the most that was taken of the device at the
+    borders of each phase, and what was taken when training began, while the engine sleeps. (Peaks
+    of torch's own within a phase are in the run's forecast.json.)
 
     Args:
         file: where the lines go.
@@ -36,17 +36,12 @@ class MemoryWatch(Callback):
 
     def __init__(self, file: str) -> None:
         self.file = Path(file)
-        self.phase, self.seen, self.asleep = "starting", dict[str, dict[str, float]](), 0.0
+        self.phase, self.seen, self.asleep = "starting", dict[str, float](), 0.0
         HERE.listener = self.look
 
     def look(self) -> None:
         """Books what has been used since the last look under the phase that was going on."""
-        found = self.seen.setdefault(self.phase, {"device_gb": 0.0, "torch_gb": 0.0})
-        found["device_gb"] = max(found["device_gb"], device_gb())
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated() / GB
-            found["torch_gb"] = max(found["torch_gb"], peak)
-            torch.cuda.reset_peak_memory_stats()
+        self.seen[self.phase] = max(self.seen.get(self.phase, 0.0), device_gb())
         self.phase = HERE.phases[0] if HERE.phases else "between"
 
     def on_train_batch_start(self, *args: Any) -> None:
@@ -56,7 +51,7 @@ class MemoryWatch(Callback):
             self.asleep = device_gb()
 
     def on_boundary(self, run: Run, algo: PolicyAlgorithm) -> None:
-        line = {"asleep_gb": self.asleep, "phases": self.seen}
+        line = {"asleep_gb": self.asleep, "phases_gb": self.seen}
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.seen, self.asleep = {}, 0.0
