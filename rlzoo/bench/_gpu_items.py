@@ -170,6 +170,7 @@ def engine_speed(place: Place, found: Found) -> None:
         lambda: engine.load_weights(policy.named_parameters(), 0)
     )
     params = SamplingParams(max_response_tokens=longest)
+    engine.generate([Request((3, 4, 5), (0, 1))], params, 0)  # what is compiled at the first call
     for rows in (256, 512, 1024) if place.cuda else (4, 16):
         requests = [Request(tuple(range(3, 40)), tuple(range(rows)))]
         drawn: list[Any] = []
