@@ -277,9 +277,13 @@ def update_speed(place: Place, found: Found) -> None:
 
 
 def forecast_of(place: Place, name: str) -> tuple[float, float]:
-    """GB of the training of a run: measured, and as it was forecast."""
+    """GB of tensors in the training of a run: measured, and as they were forecast; on a CPU, of
+    the whole process."""
     told = json.loads((place.folder / name / "forecast.json").read_text())
-    return told["measured"]["training"] / GB, sum(told["on_paper"]["training"].values()) / GB
+    parts = told["on_paper"]["training"]
+    if place.cuda:
+        parts.pop("process")  # CUDA's own, which torch does not count
+    return told["measured"]["training"] / GB, sum(parts.values()) / GB
 
 
 def norms(place: Place, found: Found) -> None:
