@@ -119,6 +119,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.budgets: dict[str, int] | None = None
         self.next_prompt = self.drawn = 0  # within the epoch's shard
         self.exact = True
+        self._shard: tuple[int, list[Prompt]] | None = None  # of an epoch: the data set is shuffled
         self._fingerprint: dict[str, Any] = {}  # computed once
 
     # --- prompts ----------------------------------------------------------------------------
@@ -148,12 +149,15 @@ class RolloutDataModule(lightning.LightningDataModule):
 
     def shard(self) -> list[Prompt]:
         """The prompts of the current epoch, in the order they will be drawn."""
-        shards = len(self.train_prompts) // self.prompts_per_epoch
-        passed, index = divmod(self.epoch, shards)
-        key = derive_seed(self.seed, "order", passed)
-        order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.train_prompts))
-        chosen = order[index * self.prompts_per_epoch : (index + 1) * self.prompts_per_epoch]
-        return [self.train_prompts[i] for i in chosen]
+        if self._shard is None or self._shard[0] != self.epoch:
+            shards = len(self.train_prompts) // self.prompts_per_epoch
+            passed, index = divmod(self.epoch, shards)
+            key = derive_seed(self.seed, "order", passed)
+            generator = np.random.Generator(np.random.Philox(key=key))
+            order = generator.permutation(len(self.train_prompts))
+            chosen = order[index * self.prompts_per_epoch : (index + 1) * self.prompts_per_epoch]
+            self._shard = self.epoch, [self.train_prompts[i] for i in chosen]
+        return self._shard[1]
 
     # --- budgets ----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rlzoo.allocators import Allocator, Dynamic, GVMBudgets, Uniform
+from rlzoo.data import datamodule
 from rlzoo.data.arithmetic import ArithmeticPrompts
 from rlzoo.data.datamodule import RolloutDataModule
 from rlzoo.data.draw import Drawer
@@ -86,6 +87,17 @@ def test_a_pass_shows_every_prompt_at_most_once_and_the_next_another_order():
     first_pass = sum(shards[:3], [])
     assert len(set(first_pass)) == 48  # of 50: two sit out
     assert sum(shards[3:], []) != first_pass
+
+
+def test_a_data_set_is_put_in_order_once_an_epoch_and_not_at_every_rollout_step(monkeypatch):
+    data, orders = make(), []
+    seeded = datamodule.derive_seed
+    monkeypatch.setattr(datamodule, "derive_seed", lambda *k: orders.append(k) or seeded(*k))
+    for _ in range(2):
+        begin_epoch(data, [4] * 16)
+        for _ in range(data.steps_per_epoch):
+            draw_step(data, Draws())
+    assert len(orders) == 2 and data.epoch == 2
 
 
 @pytest.mark.parametrize("budgets", [[4] * 15 + [5], [4] * 15 + [3], [-1, 9] + [4] * 14])
