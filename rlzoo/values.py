@@ -46,6 +46,9 @@ Device = Annotated[
     StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$"),
     Says("It is auto, cpu, cuda or cuda:NUMBER"),
 ]
+Precision = Literal[  # Lightning's names
+    "32-true", "bf16-mixed", "bf16-true", "64-true", 32, "32", 64, "64", "bf16", None
+]
 PathText = Annotated[str, MinLen(1), IS_PATH]
 
 # JSON is how pydantic is given a list where a tuple is wanted, and nothing else than what is

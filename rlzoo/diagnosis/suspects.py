@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rlzoo.diagnosis.causes import EXACT, Setting, Suspect
 from rlzoo.engines.base import SamplingParams
-from rlzoo.engines.transformers import truncated
+from rlzoo.engines.drawing import truncated
 from rlzoo.models.gather import through
 from rlzoo.models.logits import transform_of
 from rlzoo.models.logprobs import response_hidden

@@ -1,12 +1,15 @@
-"""A key-value cache that grows in place and drops rows."""
+"""A key-value cache whose rows end at one column, grow in place, leave and are joined by others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+SPARE_SHARE, LEAST_SPARE = 4, 32  # room to grow: a quarter of the longest row, and some columns
 
 
 class SlabLayer(DynamicLayer):
@@ -15,44 +18,69 @@ class SlabLayer(DynamicLayer):
     transformers' own dynamic layer concatenates at every token, which copies the whole cache.
     """
 
-    def __init__(self, spare: int) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # has no types
-        self.spare, self.length = spare, 0  # tokens of room kept when the buffer is made
+        self.length = 0  # columns in use
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            rows, heads, new, dim = key_states.shape
-            self._keys = key_states.new_empty(rows, heads, new + self.spare, dim)
-            self._values = value_states.new_empty(
-                rows, heads, new + self.spare, value_states.shape[-1]
-            )
-        end = self.length + key_states.shape[2]
-        self._keys[:, :, self.length : end] = key_states
-        self._values[:, :, self.length : end] = value_states
-        self.length = end
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
-        return self.keys, self.values
+            self._keys, self._values = key_states, value_states
+            self.length = key_states.shape[2]
+        else:
+            end = self.length + key_states.shape[2]
+            self._keys[:, :, self.length : end] = key_states
+            self._values[:, :, self.length : end] = value_states
+            self.length = end
+        return self._look()
 
-    def take_rows(self, rows: Tensor) -> None:
-        """Keeps the rows named, in that order; a row may be named more than once."""
+    def join(self, parts: Sequence[tuple[SlabLayer, Tensor, int]], capacity: int) -> None:
+        """See `SlabCache.join`."""
+        width = max(columns for *_, columns in parts)
         for name in ("_keys", "_values"):
-            old = getattr(self, name)
-            new = old.new_empty(len(rows), *old.shape[1:])
-            torch.index_select(old[:, :, : self.length], 0, rows, out=new[:, :, : self.length])
+            olds = [getattr(layer, name) for layer, *_ in parts]
+            _, heads, _, dim = olds[0].shape
+            new = olds[0].new_empty(sum(len(rows) for _, rows, _ in parts), heads, capacity, dim)
+            first = 0
+            for old, (layer, rows, columns) in zip(olds, parts, strict=True):
+                place = new[first : first + len(rows)]
+                place[:, :, : width - columns] = 0  # masked, but NaN would pass any mask
+                kept = old[:, :, layer.length - columns : layer.length]
+                torch.index_select(kept, 0, rows, out=place[:, :, width - columns : width])
+                first += len(rows)
             setattr(self, name, new)
+        if not self.is_initialized:
+            self.lazy_initialization(self._keys, self._values)
+        self.length = width
+        self._look()
+
+    def _look(self) -> tuple[Tensor, Tensor]:
         self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        return self.keys, self.values
 
 
 class SlabCache(Cache):
-    """A cache for a prefill of P prompts and up to `spare` more tokens of each row."""
+    """Keys and values of R rows, each of which ends at column `length`, whatever its own length."""
 
-    def __init__(self, num_layers: int, spare: int) -> None:
-        self.slabs = [SlabLayer(spare) for _ in range(num_layers)]
+    def __init__(self, num_layers: int) -> None:
+        self.slabs = [SlabLayer() for _ in range(num_layers)]
+        self.capacity = 0  # columns that there is room for
         super().__init__(layers=[*self.slabs])
 
-    def take_rows(self, rows: Tensor) -> None:
-        for layer in self.slabs:
-            layer.take_rows(rows)
+    @property
+    def length(self) -> int:
+        return self.slabs[0].length
+
+    def join(self, parts: Sequence[tuple[SlabCache, Tensor, int]]) -> None:
+        """Becomes rows of several caches, in order; one layer at a time is held twice.
+
+        Args:
+            parts: caches, of which this one may be the first, each with the rows that are taken of
+                it and how many of its last columns those use. A row may be named more than once.
+        """
+        width = max(columns for *_, columns in parts)
+        self.capacity = width + max(LEAST_SPARE, width // SPARE_SHARE)
+        for index, slab in enumerate(self.slabs):
+            slab.join([(cache.slabs[index], rows, n) for cache, rows, n in parts], self.capacity)

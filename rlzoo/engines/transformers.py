@@ -4,14 +4,18 @@ The reference engine: the same modules as the trainer's, so that the gap in log-
 alone, on any device. Each response's noise is its own counter-based stream, turned into tokens by
 inverse CDF; so a response does not depend on who it was batched with, but where rounding decides
 (counted as `near_ties`).
+
+All responses that are asked for stand in one queue, those expected to be the longest first. As soon
+as a share of the rows has ended, the next in the queue take their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,29 +28,96 @@ from rlzoo.engines.base import (
     check_version,
     weights_checksum,
 )
-from rlzoo.engines.decoding import choose_decoder
+from rlzoo.engines.decoding import Decoder, choose_decoder
+from rlzoo.engines.drawing import draw
+from rlzoo.engines.rows import Rows, Waiting
 from rlzoo.engines.shapes import checked_weights
+from rlzoo.models.logits import transform_of, vocabulary_size
 from rlzoo.models.logprobs import sequence_logprobs
 from rlzoo.models.packed import check_placed
 from rlzoo.models.policy import without_lora
-from rlzoo.rng import uniforms
+from rlzoo.models.precision import DTYPES
 from rlzoo.types import PolicyFactory
-from rlzoo.values import AtLeast1, Device
+from rlzoo.values import AtLeast1, Device, Precision
 
-NEAR_TIE = 1e-5  # width, in probability, within which rounding may decide a token
-DROP_SHARE = 1 / 8  # share of finished rows at which the cache is compacted
+LEFT_SHARE = 1 / 8  # share of ended rows at which they leave and others take their place
+PREFILL_TOKENS = 2**14  # of prompts that go through the model at once, padding included
+LOGITS = 2**26  # made at once, elements of float32 (256 MiB)
+DRAWN = {"cpu": 2**22}  # of these, turned into tokens at once: a CPU goes over them several times
 
 
-@dataclass
-class Rows:
-    """The responses being decoded together: R rows, each with its own noise."""
+class Prefilled(NamedTuple):
+    """Prompts that have been through the model."""
 
-    request: np.ndarray  # [R] index of the request
-    noise: Tensor  # [R, max_response_tokens] float64 uniforms
-    tokens: Tensor  # [R, max_response_tokens] int64
-    logprobs: Tensor  # [R, max_response_tokens] float32
-    lengths: Tensor  # [R] int64, 0 while the row is being decoded
-    near_ties: Tensor  # [R] int64
+    decoder: Decoder  # with a row of each
+    hidden: Tensor  # [P, D] predict the first tokens
+    requests: list[int]  # whose they are
+
+
+class Prompts:
+    """Where rows begin: each prompt goes through the model once, however many responses it has and
+    whenever these begin.
+
+    Args:
+        requests: all of a draw.
+        new_decoder: makes one without rows.
+    """
+
+    def __init__(self, requests: Sequence[Request], new_decoder: Callable[[], Decoder]) -> None:
+        self.requests, self.new_decoder = requests, new_decoder
+        self.held: Prefilled | None = None  # the prompt whose responses begin now and later
+
+    def begin(
+        self, new: Sequence[Waiting], following: int | None
+    ) -> tuple[list[tuple[Decoder, Tensor]], list[Tensor], list[Waiting]]:
+        """What new responses begin with.
+
+        Args:
+            new: those of a request stand together.
+            following: the request of the response after them.
+
+        Returns:
+            decoders with the rows to take of them; hidden states of these, [n, D]; whose each is.
+        """
+        groups = {i: [*group] for i, group in groupby(new, key=lambda waiting: waiting.request)}
+        found = [self.held] if self.held and self.held.requests[0] in groups else []
+        self.held = None
+        known = {i for prefilled in found for i in prefilled.requests}
+        found += self._prefill(sorted(groups.keys() - known, key=self._longest_first))
+        parts: list[tuple[Decoder, Tensor]] = []
+        hidden: list[Tensor] = []
+        for decoder, states, requests in found:
+            sizes = torch.tensor([len(groups[i]) for i in requests], device=states.device)
+            rows = torch.arange(len(requests), device=states.device).repeat_interleave(sizes)
+            parts.append((decoder, rows))
+            hidden.append(states[rows])
+            if following in requests:
+                self.held = self._alone(decoder, states, requests, following)
+        owners = [waiting for part in found for i in part.requests for waiting in groups[i]]
+        return parts, hidden, owners
+
+    def _longest_first(self, request: int) -> tuple[int, int]:
+        return -len(self.requests[request].token_ids), request
+
+    def _prefill(self, wanted: list[int]) -> Iterator[Prefilled]:
+        """Requests' prompts, the longest first."""
+        while wanted:
+            size = max(1, PREFILL_TOKENS // len(self.requests[wanted[0]].token_ids))
+            piece, wanted = wanted[:size], wanted[size:]
+            decoder = self.new_decoder()
+            hidden = decoder.prefill([self.requests[i].token_ids for i in piece])
+            yield Prefilled(decoder, hidden, piece)
+
+    def _alone(
+        self, decoder: Decoder, hidden: Tensor, requests: list[int], request: int
+    ) -> Prefilled:
+        """One prompt of several."""
+        if len(requests) == 1:
+            return Prefilled(decoder, hidden, requests)
+        row = torch.tensor([requests.index(request)], device=hidden.device)
+        alone = self.new_decoder()
+        alone.join((decoder, row))
+        return Prefilled(alone, hidden[row], [request])
 
 
 class TransformersEngine:
@@ -58,6 +129,7 @@ class TransformersEngine:
         pad_token_id: fills prompts on the left.
         max_rows: responses decoded at once; the rest wait. Bounds memory.
         device: "auto" takes CUDA where there is one.
+        precision: the trainer's. What it computes in bfloat16, the copy is held and computed in.
     """
 
     def __init__(
@@ -67,14 +139,20 @@ class TransformersEngine:
         pad_token_id: int,
         max_rows: AtLeast1 = 512,
         device: Device = "auto",
+        precision: Precision = "32-true",
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device, self.max_rows, self.pad_token_id = torch.device(device), max_rows, pad_token_id
-        self.model = without_lora(policy)().eval().to(self.device).requires_grad_(False)
+        self.model = without_lora(policy)().eval().requires_grad_(False)
+        if dtype := DTYPES.get(str(precision).partition("-")[0]):
+            for parameter in self.model.parameters():  # not buffers: see `float_buffers`
+                parameter.data = parameter.data.to(dtype)
+        self.model.to(self.device)
         self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
         self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         check_placed(self.model)
+        self.transform = transform_of(self.model)
         self.decoder = choose_decoder(self.model, pad_token_id)
         self.version, self.asleep = -1, False
 
@@ -113,105 +191,45 @@ class TransformersEngine:
     ) -> list[list[Response]]:
         check_version(self, expected_version)
         responses = Responses(requests, on_response)
-        places = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
-        for start in range(0, len(places), self.max_rows):
-            self._decode(requests, places[start : start + self.max_rows], params, responses)
+        for waiting, response in self._drawn(requests, params):
+            responses.add(waiting.request, waiting.number, response)
         return responses.groups()
 
-    def _decode(
-        self,
-        requests: Sequence[Request],
-        wave: list[tuple[int, int]],
-        params: SamplingParams,
-        responses: Responses,
-    ) -> None:
-        """Decodes (request, response) pairs together: each prompt is prefilled once, and rows leave
-        as they finish."""
-        limit, (num, device) = params.max_response_tokens, (len(wave), self.device)
-        noise = np.stack([uniforms(requests[i].seeds[k], limit) for i, k in wave])
-        rows = Rows(
-            request=np.array([request for request, _ in wave]),
-            noise=torch.from_numpy(noise).to(device),
-            tokens=torch.zeros(num, limit, dtype=torch.long, device=device),
-            logprobs=torch.zeros(num, limit, device=device),
-            lengths=torch.zeros(num, dtype=torch.long, device=device),
-            near_ties=torch.zeros(num, dtype=torch.long, device=device),
-        )
-        unique, prompt_of_row = np.unique(rows.request, return_inverse=True)
-        decoder = self.decoder(self.model, self.pad_token_id)
-        logits = decoder.prefill([requests[i].token_ids for i in unique], limit)
-        expand = torch.from_numpy(prompt_of_row).to(device)
-        decoder.take_rows(expand)
-        logits = logits[expand]
-        alive = torch.arange(num, device=device)  # rows still in the cache
-        for step in range(limit):
-            token, logprob, tie = draw(logits, rows.noise[alive, step], params)
-            going = rows.lengths[alive] == 0
-            rows.tokens[alive, step], rows.logprobs[alive, step] = token, logprob
-            rows.near_ties[alive] += tie & going
-            ended = going & (torch.isin(token, self.stop_ids) | (step == limit - 1))
-            rows.lengths[alive[ended]] = step + 1
-            for row in alive[ended].tolist():
-                request, index = wave[int(row)]
-                responses.add(request, index, _response(rows, row, self.stop_ids))
-            going &= ~ended
-            if not going.any():
-                break
-            if going.sum() <= (1 - DROP_SHARE) * len(alive):
-                kept = going.nonzero()[:, 0]
-                decoder.take_rows(kept)
-                alive, token = alive[kept], token[kept]
-            logits = decoder.step(token)
+    def _drawn(
+        self, requests: Sequence[Request], params: SamplingParams
+    ) -> Iterator[tuple[Waiting, Response]]:
+        """Every response that is asked for, as it ends."""
+        order = sorted(range(len(requests)), key=lambda i: -requests[i].expected)
+        queue = deque(Waiting(i, k, s) for i in order for k, s in enumerate(requests[i].seeds))
+        rows = Rows(min(self.max_rows, len(queue)), params.max_response_tokens, self.stop_ids)
+        prompts, decoder = Prompts(requests, self._new_decoder), self._new_decoder()
+        while queue or rows.num_going:
+            if rows.num_going <= (1 - LEFT_SHARE) * len(rows.going):
+                kept = rows.which_go()
+                new = [queue.popleft() for _ in range(min(len(queue), self.max_rows - len(kept)))]
+                parts, states, owners = prompts.begin(new, queue[0].request if queue else None)
+                decoder.join((decoder, kept), *parts)
+                begun = rows.replace(kept, owners)
+                if new:
+                    yield from self._draw(torch.cat(states), begun, rows, params)
+            if rows.num_going:
+                hidden = decoder.step(rows.last)
+                going = rows.which_go()
+                yield from self._draw(hidden[going], going, rows, params)
 
+    def _draw(
+        self, hidden: Tensor, which: Tensor, rows: Rows, params: SamplingParams
+    ) -> list[tuple[Waiting, Response]]:
+        """Gives rows a token each, predicted by [G, D] hidden states: the responses that end."""
+        noise, head = rows.next_noise(which), self.model.get_output_embeddings()
+        at_once, drawn = max(1, LOGITS // vocabulary_size(head)), []
+        for states, uniforms in zip(hidden.split(at_once), noise.split(at_once), strict=True):
+            logits = self.transform(head(states).float())  # [G, V]
+            some = max(1, DRAWN.get(self.device.type, LOGITS) // logits.shape[1])
+            pieces = zip(logits.split(some), uniforms.split(some), strict=True)
+            drawn += [draw(piece, noise, params) for piece, noise in pieces]
+        token, logprob, near_tie = (torch.cat(tensors) for tensors in zip(*drawn, strict=True))
+        return rows.add(which, token, logprob, near_tie)
 
-def draw(logits: Tensor, noise: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-    """One token per row by inverse CDF, or the likeliest one at temperature 0.
-
-    Args:
-        logits: [R, V] float32.
-        noise: [R] float64 uniforms in [0, 1).
-        params: logits are divided by the temperature, then tokens outside of top-k and top-p are
-            left out; temperature 0 is greedy, with log-probs at temperature 1.
-
-    Returns:
-        tokens [R] int64, log-probs [R] float32, near ties [R] bool: whether the uniform lies
-        within NEAR_TIE of a step of the cumulative distribution.
-    """
-    logprobs = truncated(logits / (params.temperature or 1.0), params).log_softmax(-1)
-    if params.temperature == 0:
-        top = logits.topk(2, dim=-1)
-        token = top.indices[:, 0]
-        tie = top.values[:, 0] - top.values[:, 1] < NEAR_TIE
-    else:
-        cdf = logprobs.double().exp().cumsum(-1)
-        target = (noise * cdf[:, -1])[:, None]
-        token = torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
-        above = cdf.gather(1, token[:, None]) - target
-        below = target - cdf.gather(1, (token - 1).clamp(min=0)[:, None])
-        tie = ((above < NEAR_TIE) & (token < cdf.shape[1] - 1)[:, None])[:, 0]
-        tie |= ((below < NEAR_TIE) & (token > 0)[:, None])[:, 0]
-    return token, logprobs.gather(1, token[:, None])[:, 0], tie
-
-
-def truncated(logits: Tensor, params: SamplingParams) -> Tensor:
-    """[R, V] logits, -inf for tokens outside of the top k and of the top p."""
-    if not 0 < params.top_k < logits.shape[-1] and params.top_p >= 1:
-        return logits
-    ordered, order = logits.sort(-1, descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
-    out = before >= params.top_p
-    if params.top_k:
-        out[:, params.top_k :] = True
-    out[:, 0] = False
-    return logits.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
-
-
-def _response(rows: Rows, index: int, stop_ids: Tensor) -> Response:
-    length = int(rows.lengths[index])
-    tokens = rows.tokens[index, :length]
-    return Response(
-        token_ids=tokens.cpu().clone(),
-        logprobs=rows.logprobs[index, :length].cpu().clone(),
-        truncated=not bool(torch.isin(tokens[-1], stop_ids)),
-        near_ties=int(rows.near_ties[index]),
-    )
+    def _new_decoder(self) -> Decoder:
+        return self.decoder(self.model, self.pad_token_id)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from lightning import Trainer
 
-from rlzoo.values import AtLeast1, NonNegative, Refused, Says, fits, refuses
+from rlzoo.values import AtLeast1, NonNegative, Precision, Refused, Says, fits, refuses
 
 # What rlzoo reads too.
 READ = ("strategy", "accelerator", "devices", "num_nodes")
@@ -25,9 +25,7 @@ ACTS: dict[str, Any] = {
     "accelerator": Literal["cpu", "gpu", "cuda"],
     "devices": AtLeast1,
     "num_nodes": AtLeast1,
-    "precision": Literal[
-        "32-true", "bf16-mixed", "bf16-true", "64-true", 32, "32", 64, "64", "bf16", None
-    ],
+    "precision": Precision,
     "max_epochs": Annotated[Literal[-1] | AtLeast1, Says("-1 leaves the end to limits.*")],
     "gradient_clip_val": Annotated[NonNegative | None, Says("0 and null are off")],
     "deterministic": bool | Literal["warn"] | None,

@@ -3,7 +3,8 @@ import torch
 
 from rlzoo.engines.base import Request, SamplingParams, weights_checksum
 from rlzoo.engines.decoding import CachedDecoder
-from rlzoo.engines.transformers import TransformersEngine, draw
+from rlzoo.engines.drawing import draw
+from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.models.logprobs import response_scores
 from rlzoo.types import Prompt, Rollouts, collate
 from tests.conftest import make_tiny_model
