@@ -144,16 +144,15 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device, self.max_rows, self.pad_token_id = torch.device(device), max_rows, pad_token_id
-        self.model = without_lora(policy)().eval().requires_grad_(False)
+        self.model = without_lora(policy)().eval().to(self.device).requires_grad_(False)
+        self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
+        check_placed(self.model)
+        self.transform = transform_of(self.model)
+        self.decoder = choose_decoder(self.model, pad_token_id)  # before any rounding
         if dtype := DTYPES.get(str(precision).partition("-")[0]):
             for parameter in self.model.parameters():  # not buffers: see `float_buffers`
                 parameter.data = parameter.data.to(dtype)
-        self.model.to(self.device)
-        self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
         self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        check_placed(self.model)
-        self.transform = transform_of(self.model)
-        self.decoder = choose_decoder(self.model, pad_token_id)
         self.version, self.asleep = -1, False
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -74,6 +74,7 @@ RULES = (
     ("reward.memory_mb", "free"),
     ("reward.recycle_after", "free"),
     ("engine*.dtype", "weights"),
+    ("engine*.precision", "weights"),
     ("engine*.kv_cache_dtype", "weights"),
     ("engine*.options*", "weights"),
     ("engine*", "free"),  # which engine it is, is compared once it is built

@@ -1,23 +1,27 @@
+import types
+
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rlzoo.engines import attention, transformers
 from rlzoo.engines.base import Request, SamplingParams, weights_checksum
 from rlzoo.engines.decoding import CachedDecoder
-from rlzoo.engines.drawing import draw
+from rlzoo.engines.drawing import draw, truncated
+from rlzoo.engines.kv_cache import SlabCache
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.models.logprobs import response_scores
-from rlzoo.types import Prompt, Rollouts, collate
+from rlzoo.types import BatchRow, Prompt, Rollouts, collate
 from tests.conftest import make_tiny_model
 
 PARAMS = SamplingParams(temperature=0.9, max_response_tokens=24)
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (3, 4)]
 
 
-def make_engine(max_rows: int = 64) -> TransformersEngine:
-    engine = TransformersEngine(
-        make_tiny_model, eos_token_ids=[0], pad_token_id=1, max_rows=max_rows
-    )
+def make_engine(max_rows: int = 64, precision: str = "32-true") -> TransformersEngine:
+    engine = TransformersEngine(make_tiny_model, [0], 1, max_rows, precision=precision)
     assert engine.decoder is CachedDecoder  # and not the one that hides what a cache does wrong
+    assert engine.model.config._attn_implementation == attention.NAME
     engine.load_weights(make_tiny_model(seed=3).named_parameters(), version=5)
     return engine
 
@@ -143,3 +147,150 @@ def test_truncated_sampling_draws_from_the_likeliest_tokens_and_says_their_log_p
         expected = probs[token] / probs[kept].sum()
         assert (tokens == token).float().mean() == pytest.approx(float(expected), abs=1e-3)
         torch.testing.assert_close(logprobs[tokens == token][0].exp(), expected)
+
+
+# --- rows that leave and join ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Prompts that are prefilled, and the rows of each step, in order."""
+    prompts, steps = [], []
+    prefill, step = CachedDecoder.prefill, CachedDecoder.step
+    monkeypatch.setattr(CachedDecoder, "prefill", lambda d, p: prompts.extend(p) or prefill(d, p))
+    monkeypatch.setattr(CachedDecoder, "step", lambda d, t: steps.append(len(t)) or step(d, t))
+    return prompts, steps
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 8, 64])
+def test_a_prompt_goes_through_the_model_once_and_rows_are_bounded(max_rows, seen):
+    engine, (prompts, steps) = make_engine(max_rows), seen
+    prompts.clear(), steps.clear()
+    engine.generate(requests(9, 2, 7, 4), PARAMS, 5)
+    assert sorted(prompts) == sorted(PROMPTS)
+    assert max(steps) <= max_rows
+
+
+def test_freed_rows_are_filled_while_others_are_drawn(seen):
+    engine, steps = make_engine(max_rows=8), seen[1]
+    steps.clear()
+    drawn = engine.generate(requests(16, 16, 16, 16), PARAMS, 5)
+    lengths = [len(r.token_ids) for group in drawn for r in group]
+    waves = sum(max(lengths[start : start + 8]) for start in range(0, len(lengths), 8))
+    assert len(steps) < 0.8 * waves
+
+
+def test_the_longest_expected_responses_begin_first():
+    told = []
+    wanted = [
+        r._replace(expected=e) for r, e in zip(requests(2, 2, 2), (1.0, 9.0, 5.0), strict=True)
+    ]
+    note = lambda i, k, response: told.append(i)  # noqa: E731
+    make_engine(max_rows=1).generate(wanted, PARAMS, 5, note)
+    assert told == [1, 1, 2, 2, 0, 0]
+
+
+def test_the_order_of_the_queue_changes_no_response():
+    wanted = requests(6, 6, 6, 6)
+    turned = [r._replace(expected=float(i)) for i, r in enumerate(wanted)]
+    one, other = (make_engine(max_rows=5).generate(w, PARAMS, 5) for w in (wanted, turned))
+    for a, b in zip(sum(one, []), sum(other, []), strict=True):
+        if a.near_ties == 0:
+            assert a.token_ids.tolist() == b.token_ids.tolist()
+            torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
+
+
+def test_rows_outgrow_their_room_and_prompts_go_in_pieces(monkeypatch):
+    """Rows are longer than the room kept at first, and than a block; pieces hold one prompt."""
+    params = SamplingParams(0.9, 90)
+    engine = make_engine(max_rows=7)
+    engine.stop_ids = torch.tensor([5])
+    whole = engine.generate(requests(5, 5, 5, 5), params, 5)
+    assert max(len(r.token_ids) for group in whole for r in group) > 2 * 32
+    monkeypatch.setattr(transformers, "PREFILL_TOKENS", 4)
+    monkeypatch.setattr(transformers, "LOGITS", 80)  # two rows
+    monkeypatch.setattr(attention, "LEAST_COLUMNS", 4)
+    in_pieces = engine.generate(requests(5, 5, 5, 5), params, 5)
+    for a, b in zip(sum(whole, []), sum(in_pieces, []), strict=True):
+        if a.near_ties == 0:
+            assert a.token_ids.tolist() == b.token_ids.tolist()
+
+
+def test_the_cache_has_room_for_what_is_drawn_not_for_the_limit(monkeypatch):
+    capacities = []
+    own = SlabCache.join
+
+    def join(cache, parts):
+        own(cache, parts)
+        capacities.append(cache.capacity)
+
+    monkeypatch.setattr(SlabCache, "join", join)
+    engine = make_engine()
+    engine.stop_ids = torch.arange(10)
+    drawn = engine.generate(requests(9, 9, 9, 9), SamplingParams(0.9, 10_000), 5)
+    longest = 6 + max(len(r.token_ids) for group in drawn for r in group)
+    assert 6 < max(capacities) <= longest + 32
+
+
+def test_both_attentions_are_the_same():
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(9, n, 1 if n == 6 else 200, 8, generator=draw) for n in (6, 2, 2)
+    )
+    starts = torch.tensor([0, 3, 40, 41, 100, 150, 150, 199, 10])
+    mask = (torch.arange(200) >= starts[:, None])[:, None, None]
+    layer = types.SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    blocks = attention.blocks_of(starts.tolist(), 200)
+    assert [(b.first, b.last, b.start) for b in blocks] == [
+        (0, 4, 0),
+        (4, 7, 100),
+        (7, 8, 199),
+        (8, 9, 10),
+    ]
+    for kwargs in ({}, {"scaling": 0.1}):
+        plain = sdpa_attention_forward(layer, query, key, value, mask, **kwargs)[0]
+        ours = attention.attention(layer, query, key, value, mask, row_blocks=blocks, **kwargs)[0]
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("size", [40, 512, 1000, 4096])
+@pytest.mark.parametrize("params", [SamplingParams(0.7), SamplingParams(top_k=5), SamplingParams()])
+def test_a_cdf_by_blocks_draws_what_a_whole_one_does(size, params):
+    generator = torch.Generator().manual_seed(1)
+    logits = 4 * torch.randn(400, size, generator=generator)
+    noise = torch.rand(400, dtype=torch.float64, generator=generator)
+    noise[:4] = torch.tensor([0.0, 1 - 2**-53, 1e-9, 1 - 1e-7], dtype=torch.float64)
+    token, logprob, near_tie = draw(logits, noise, params)
+    logprobs = truncated(logits / params.temperature, params).log_softmax(-1)
+    cdf = logprobs.double().exp().cumsum(-1)
+    target = (noise * cdf[:, -1])[:, None]
+    plain = torch.searchsorted(cdf, target, right=True)
+    clear = ~near_tie
+    assert clear.sum() > 300
+    assert torch.equal(token[clear], plain[clear, 0])
+    drawn = logprobs.gather(1, token[:, None])[:, 0]
+    torch.testing.assert_close(logprob, drawn, rtol=0, atol=2e-6)
+    assert drawn.isfinite().all()  # nothing that top-k leaves out, at either end of the noise
+    plain = plain.clamp(max=size - 1)
+    after = cdf.gather(1, plain) - target
+    before = target - cdf.gather(1, plain) + logprobs.gather(1, plain).exp()
+    wide = (torch.minimum(after, before) > 2e-5)[:, 0]
+    assert not near_tie[wide].any()
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16-mixed", "bfloat16"), ("32-true", "float32")])
+def test_the_copy_computes_in_the_trainers_precision(precision, dtype):
+    engine, policy = make_engine(precision=precision), make_tiny_model(seed=3)
+    assert engine.dtype == dtype
+    assert {str(p.dtype) for p in engine.model.parameters()} == {f"torch.{dtype}"}
+    named = list(policy.named_parameters())
+    assert engine.checksum() == weights_checksum(named, getattr(torch, dtype))
+    (group,) = engine.generate(requests(6)[:1], PARAMS, 5)
+    assert all(r.logprobs.dtype == torch.float32 for r in group)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        batch = collate([BatchRow(PROMPTS[0], r.token_ids) for r in group])
+        scores = response_scores(policy, batch, PARAMS.temperature).logprobs
+    gaps = torch.cat(
+        [(s[: len(r.token_ids)] - r.logprobs).abs() for s, r in zip(scores, group, strict=True)]
+    )
+    assert gaps.mean() < (0.05 if dtype == "bfloat16" else 1e-5)
