@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlzoo.learning import microbatching
 from rlzoo.learning.microbatching import balance, in_bins, size_of, split_updates, token_weights
 
 VALUES = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0])]  # a term of each token
@@ -81,3 +82,13 @@ def test_bins_are_nearly_as_few_as_can_be(tokens, ranks):
 def test_rows_of_like_length_go_together_where_they_are_padded():
     sizes = [size_of([n]) for n in (100, 10, 90, 10, 10, 10)]
     assert in_bins(sizes, 1, 200, padded=True) == [[[0, 2], [1, 3, 4, 5]]]
+
+
+def test_microbatches_of_one_long_rollout_each_are_found_in_few_tries(monkeypatch):
+    """Trying one more microbatch at a time took ten minutes for a step of 8,192."""
+    tries = []
+    monkeypatch.setattr(microbatching, "balance", lambda *a: tries.append(a) or balance(*a))
+    sizes = [size_of([600 + i % 3]) for i in range(700)]
+    (parts,) = in_bins(sizes, 1, 1000)
+    assert len(parts) == 700 and all(len(part) == 1 for part in parts)
+    assert len(tries) < 50

@@ -111,7 +111,8 @@ def in_bins(
 
 
 def even(sizes: Sequence[Size], budget: int) -> list[list[int]]:
-    """As few parts as hold at most `budget` tokens each, of nearly as many tokens."""
+    """Parts of at most `budget` tokens each, of nearly as many tokens: as few as can be, or from
+    the 64th on a few more, so that the search stays short."""
     tokens = [size.tokens for size in sizes]
     limit = max([budget, *tokens])
     count = max(1, -(-sum(tokens) // limit))
@@ -119,7 +120,7 @@ def even(sizes: Sequence[Size], budget: int) -> list[list[int]]:
         parts = balance(tokens, count)
         if max(sum(tokens[i] for i in part) for part in parts) <= limit:
             return parts
-        count += 1
+        count = min(count + 1 + count // 64, len(tokens))
 
 
 def alike(sizes: Sequence[Size], budget: int) -> list[list[int]]:
