@@ -92,6 +92,21 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
             self.parts.weight_sync.sync(run, data, algo)
 
     def draw(self) -> Rollouts:
+        """The rollout step that was drawn beside the one before, or one that is drawn now; with
+        `pipeline=one_step` the next is begun."""
+        run, data = self.run, self.data
+        rollouts = run.ahead.take(data.train_prompts)
+        if rollouts is None:
+            rollouts = self.draw_now()
+        data.step_drawn()
+        run.rollouts = rollouts
+        if run.draws_ahead:
+            run.row["lag/updates"] = rollouts.lag
+            if data.epoch_in_progress() and run.goes_on(self.algo.updates_per_step):
+                run.ahead.begin(*data.next_prompts(), data.rollout_step)
+        return rollouts
+
+    def draw_now(self) -> Rollouts:
         """The engine draws, the reward judges, the ledger books; then the engine sleeps."""
         run, data = self.run, self.data
         prompts, budgets = data.next_prompts()
@@ -100,9 +115,8 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
             run.ledger.drew("replay", rollouts.lengths.tolist())
         else:
             rollouts = run.drawer.draw_in_rounds(prompts, budgets, data)
-            run.engine.sleep()  # until the next weight sync
-        data.step_drawn()
-        run.rollouts = rollouts
+            if not run.draws_ahead:
+                run.engine.sleep()  # until the next weight sync
         return rollouts
 
     def prepare(self, rollouts: Rollouts) -> list[Update]:
@@ -119,6 +133,8 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
     def boundary(self, trainer: Trainer) -> None:
         run, data, algo, parts = self.run, self.data, self.algo, self.parts
         ended = run.ended_by is not None
+        if run.draws_ahead:
+            run.ahead.complete()  # with the weights that it was begun with
         if parts.weight_sync:
             parts.weight_sync.sync(run, data, algo)
         if parts.validation and parts.validation.due(data, ended, self.pilots):

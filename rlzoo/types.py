@@ -71,6 +71,7 @@ class Rollouts:
     sampling_seconds: float = 0.0  # that the slowest rank took to draw them; 0 if none did
     rounds: int = 1  # draws that they took
     replayed: bool = False  # read from a file, not drawn by this run
+    lag: int = 0  # updates made between their draw and their training
     weights: Tensor | None = None  # [N] float32, what each counts for in the loss; None is 1
     selected: Tensor | None = None  # [N] bool, which train, once `training_units` has asked
     scores: dict[str, list[Tensor]] = field(default_factory=dict)  # name -> N x [L] float32, of
@@ -84,6 +85,11 @@ class Rollouts:
     def lengths(self) -> Tensor:
         """[N] int64, response tokens."""
         return torch.tensor([len(r) for r in self.responses], dtype=torch.long)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether what the engine says of them is of the weights that they are to train."""
+        return not self.replayed and self.lag == 0
 
     def num_tokens(self, i: int) -> int:
         """Tokens of rollout i, its prompt included."""

@@ -22,6 +22,8 @@ IDLE = {
     ("reward.num_workers=4", *SFT): "reward.num_workers=4",
     ("sampler=gvm", "sampler.callback.pilots=3", *SFT): "sampler.callback.pilots=3",
     ("val_every=4", *SFT): "val_every=4",
+    ("pipeline=one_step", *SFT): "pipeline=one_step",
+    ("pipeline=one_step", "replay=elsewhere", "sampler=uniform"): "pipeline=one_step",
     ("doctor=true", *SFT): "doctor=true",
     ("val_every=4", "callbacks.validation=null"): "val_every=4",
     ("val_every=4", "~callbacks.validation"): "val_every=4",
@@ -57,7 +59,8 @@ WARNINGS = {
 }
 ACTING = [
     ("limits.max_responses=null", *SFT),
-    ("val_every=4", "resume=exact", "replay=null", "doctor=false"),
+    ("val_every=4", "resume=exact", "replay=null", "doctor=false", "pipeline=one_step"),
+    ("pipeline=none", *SFT),
     ("lr=0.1", "critic_lr=0.1", "algo=ppo"),
     ("resume=weights", "ckpt_path=last"),
     ("data=jsonl", "data.path=a", "data.val_fraction=0.1", "data.val_path=null"),

@@ -366,7 +366,7 @@ class PolicyAlgorithm(lightning.LightningModule):
             old = rollouts.scores["old_logprobs"]
             for i in scored:
                 self.gap_watch.note(old[i], rollouts.sampler_logprobs[i])
-            if not rollouts.replayed:
+            if rollouts.comparable:
                 self.gap_watch.check(self)
 
     def credit(self, rollouts: Rollouts) -> Credit:
@@ -518,7 +518,7 @@ class PolicyAlgorithm(lightning.LightningModule):
                 batch.old_logprobs[batch.response_mask],
                 batch.sampler_logprobs[batch.response_mask],
             )
-        over = update.last and place == len(update.microbatches) - 1 and watch.drawn
+        over = update.last and place == len(update.microbatches) - 1 and watch.comparable
         if over and (lora is None or not lora["dropout"]):  # dropout moves log-probs by itself
             watch.check(self)
 
@@ -570,8 +570,11 @@ class PolicyAlgorithm(lightning.LightningModule):
         return self.trainer.world_size / batch.divisor
 
     def gap(self) -> dict[str, float]:
-        """`rlzoo.diagnosis.causes.gap_figures` of the step so far, over all ranks; collective."""
-        return self.gap_watch.figures()
+        """`rlzoo.diagnosis.causes.gap_figures` of the step so far, over all ranks; collective.
+        Under "lag/" where the weights have moved on since it was drawn, which is part of them."""
+        rollouts = self.gap_watch.rollouts
+        prefix = "lag/" if rollouts is not None and rollouts.lag else ""
+        return {f"{prefix}{name}": value for name, value in self.gap_watch.figures().items()}
 
     # --- optimizer ----------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
+from rlzoo.data.ahead import Ahead
 from rlzoo.data.draw import Drawer
 from rlzoo.engines.base import Engine
 from rlzoo.errors import UserError
@@ -38,6 +40,7 @@ class Run:
 
     Attributes:
         rollouts: those of the rollout step in training.
+        draws_ahead: whether the next is drawn meanwhile (`pipeline=one_step`).
         row: figures that the row of the step in progress will hold; any part adds to it.
         last_row: the row written last, on rank 0.
         told_to_stop: the signal that this rank was sent.
@@ -59,6 +62,8 @@ class Run:
         self.rollouts: Rollouts | None = None
         self.row: dict[str, float] = {}
         self.last_row: dict[str, float] = {}
+        self._ahead = None if drawer is None else Ahead(drawer)
+        self.draws_ahead = False
         self.told_to_stop: str | None = None
         self.asked_to_stop = False
         self.ended_by: str | None = None
@@ -67,6 +72,11 @@ class Run:
     def drawer(self) -> Drawer:
         assert self._drawer is not None, "supervised training draws nothing"
         return self._drawer
+
+    @property
+    def ahead(self) -> Ahead:
+        assert self._ahead is not None, "supervised training draws nothing"
+        return self._ahead
 
     @property
     def engine(self) -> Engine:
@@ -85,6 +95,18 @@ class Run:
         asked = "trainer.should_stop" if any(asked for _, asked in found) else None
         self.ended_by = found[0][0] or asked
 
+    def goes_on(self, updates: int) -> bool:
+        """Whether another rollout step follows the one in training, as far as counts can tell: of
+        clocks and signals nobody knows.
+
+        Args:
+            updates: those that are left to make of the one in training.
+        """
+        most = self.limits.max_updates
+        left = None if most is None else most - updates
+        counted = dataclasses.replace(self.limits, max_seconds=None, max_updates=left)
+        return self.ledger.exceeded(counted) is None
+
     def limit_met(self, cursor: Cursor, max_epochs: int | None) -> str | None:
         """The limit that this rank has reached."""
         limit = self.ledger.exceeded(self.limits)
@@ -102,13 +124,18 @@ class Run:
             self._drawer.reward.close()
             self._drawer.engine.close()
 
+    @property
+    def drawn_by(self) -> str | None:
+        return None if self._drawer is None else type(self.engine).__name__
+
     def state_dict(self) -> dict[str, Any]:
-        drawn_by = None if self._drawer is None else type(self.engine).__name__
+        ahead = None if self._ahead is None else self._ahead.state_dict()  # may end a draw: first
         lengths = {} if self._drawer is None else self.drawer.lengths.sums
         return {
+            "ahead": ahead,
             "ledger": self.ledger.state_dict(),
             "record": self.record,
-            "drawn_by": drawn_by,
+            "drawn_by": self.drawn_by,
             "lengths": dict(lengths),
         }
 
@@ -118,7 +145,7 @@ class Run:
         Raises:
             UserError: another engine would draw, and the run is to go on exactly.
         """
-        before, now = state["drawn_by"], self.state_dict()["drawn_by"]
+        before, now = state["drawn_by"], self.drawn_by
         if self.exact and before is not None and before != now:
             raise UserError(
                 f"The run cannot go on from its checkpoint: {before} drew its responses, now {now}"
@@ -128,3 +155,5 @@ class Run:
         self.ledger.load_state_dict(state["ledger"])
         if self._drawer is not None:
             self.drawer.lengths.sums = dict(state.get("lengths", {}))  # older checkpoints have none
+        if self._ahead is not None:
+            self._ahead.load_state_dict(state.get("ahead"))  # older checkpoints have none

@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,18 @@ class Drawer:
         Collective: every rank draws and scores its share of the responses, balanced by expected
         tokens (`rlzoo.data.shares`), and returns the rollouts of all.
         """
+        order = self.order(prompts, budgets, stream, rollout_step, round_)
+        return self.gather(order, self.sample(order))
+
+    def order(
+        self,
+        prompts: Sequence[Prompt],
+        budgets: Sequence[int],
+        stream: str,
+        rollout_step: int,
+        round_: int = 0,
+    ) -> Order:
+        """What `draw` has to do, and this rank of it."""
         chosen = [(p, n) for p, n in zip(prompts, budgets, strict=True) if n > 0]
         prompts, budgets = [p for p, _ in chosen], [n for _, n in chosen]
         rank, world_size = world()
@@ -86,23 +99,38 @@ class Drawer:
             seeds = tuple(response_seed(*key, index) for index in range(start, stop))
             expected = self.lengths.expected(prompts[i].id, self.expected_length())
             requests.append(Request(prompts[i].token_ids, seeds, expected))
-        wanted = [prompts[i] for i, start, stop in mine for _ in range(start, stop)]
         version = self.ledger.updates
+        return Order(prompts, budgets, mine, requests, version, stream, rollout_step)
+
+    def sample(self, order: Order, beside: bool = False) -> Share:
+        """Draws and scores this rank's part of an order, without any exchange between ranks.
+
+        Args:
+            beside: whether another thread is at work, whose seconds and bars are the run's.
+        """
+        phase, bar = (nothing, nothing) if beside else (self.ledger.phase, self.bars.phase)
+        wanted = [order.prompts[i] for i, start, stop in order.pieces for _ in range(start, stop)]
         with Feeder(self.reward, self._text, wanted, self._golds()) as feeder:
             began = time.perf_counter()
-            with self.ledger.phase(f"sampling/{stream}"):
-                drawn = self._sample(requests, version, feeder)
+            with phase(f"sampling/{order.stream}"):
+                with bar("sampling", len(wanted), "responses") as advance:
+                    drawn = self._generate(order, feeder, advance)
             seconds = time.perf_counter() - began
-            with self.ledger.phase(f"verifying/{stream}"):
-                with self.bars.phase("verifying", len(wanted), "responses") as advance:
+            with phase(f"verifying/{order.stream}"):
+                with bar("verifying", len(wanted), "responses") as advance:
                     scores = feeder.scores(advance)
-        with self.ledger.phase(f"gathering/{stream}"):
-            share = Share.of(mine, drawn, scores, feeder.unparsed_golds, seconds)
+        return Share.of(order.pieces, drawn, scores, feeder.unparsed_golds, seconds)
+
+    def gather(self, order: Order, share: Share) -> Rollouts:
+        """The rollouts of all ranks, from what each has drawn; collective."""
+        with self.ledger.phase(f"gathering/{order.stream}"):
             shares = all_gather(share)
-            rollouts = assemble(prompts, budgets, shares, version, rollout_step)
-        check_finite(rollouts, stream, self.engine)
+            rollouts = assemble(
+                order.prompts, order.budgets, shares, order.version, order.rollout_step
+            )
+        check_finite(rollouts, order.stream, self.engine)
         self._tell_unverifiable(rollouts, [i for each in shares for i in each.unparsed_golds])
-        self.ledger.drew(stream, rollouts.lengths.tolist())
+        self.ledger.drew(order.stream, rollouts.lengths.tolist())
         self.lengths.observe(rollouts)
         return rollouts
 
@@ -157,18 +185,29 @@ class Drawer:
         golds, self.golds_to_try = self.golds_to_try, []
         return golds if world()[0] == 0 else []
 
-    def _sample(
-        self, requests: list[Request], version: int, feeder: Feeder
+    def _generate(
+        self, order: Order, feeder: Feeder, advance: Callable[[int], None]
     ) -> list[list[Response]]:
-        sizes = [len(request.seeds) for request in requests]
+        sizes = [len(request.seeds) for request in order.requests]
         starts = list(itertools.accumulate(sizes, initial=0))
-        with self.bars.phase("sampling", starts[-1], "responses") as advance:
 
-            def finished(request: int, index: int, response: Response) -> None:
-                feeder.add(starts[request] + index, response.token_ids, response.truncated)
-                advance(1)
+        def finished(request: int, index: int, response: Response) -> None:
+            feeder.add(starts[request] + index, response.token_ids, response.truncated)
+            advance(1)
 
-            return self.engine.generate(requests, self.params, version, finished)
+        return self.engine.generate(order.requests, self.params, order.version, finished)
+
+
+class Order(NamedTuple):
+    """A draw, and what this rank does of it."""
+
+    prompts: list[Prompt]  # that something is drawn of
+    budgets: list[int]  # [P] responses of each prompt, > 0
+    pieces: list[Piece]  # this rank's
+    requests: list[Request]  # one for each piece
+    version: int  # of the weights that draw
+    stream: str  # under which it is booked
+    rollout_step: int
 
 
 class Share(NamedTuple):
@@ -215,6 +254,12 @@ class Share(NamedTuple):
     def response_logprobs(self) -> list[Tensor]:
         """n x [L] float32."""
         return list(self.logprobs.split(self.lengths.tolist()))
+
+
+@contextmanager
+def nothing(*_: object) -> Iterator[Callable[[int], None]]:
+    """A phase or a bar of which nothing is booked or shown."""
+    yield lambda n: None
 
 
 def assemble(

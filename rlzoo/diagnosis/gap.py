@@ -48,9 +48,10 @@ class GapWatch:
         self._figures = None
 
     @property
-    def drawn(self) -> bool:
-        """Whether an engine of this run drew the rollout step, so that its gap can be checked."""
-        return self.rollouts is not None and not self.rollouts.replayed
+    def comparable(self) -> bool:
+        """Whether an engine of this run drew the rollout step with the weights that it trains, so
+        that its gap can be checked."""
+        return self.rollouts is not None and self.rollouts.comparable
 
     def figures(self) -> dict[str, float]:
         """`gap_figures` of the rollout step so far, over all ranks; collective if tokens were

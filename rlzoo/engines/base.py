@@ -43,6 +43,9 @@ class SamplingParams(NamedTuple):
 class Engine(Protocol):
     """What a rollout step asks of whatever draws responses.
 
+    One that draws in another process than the trainer's says so by `beside = True`: its `generate`
+    may be called from a thread while the policy trains (`pipeline=one_step`).
+
     Raises:
         RuntimeError: from `generate`, if the engine's weights are not `expected_version`.
     """

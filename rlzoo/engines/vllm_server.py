@@ -89,6 +89,8 @@ class VLLMServerEngine(VLLMBase):
         UserError: transfer=nccl without CUDA, a folder that is none, or no such key.
     """
 
+    beside = True
+
     def __init__(
         self,
         *model: Any,

@@ -79,6 +79,8 @@ REFUSED = [
         supervised,
         "algo=sft draws and judges nothing.",
     ),
+    Idle("pipeline", supervised, "algo=sft draws nothing."),
+    Idle("pipeline", lambda cfg: bool(cfg.replay), "replay draws nothing."),
     Idle("val_every", without("callbacks.validation"), "callbacks.validation is left out."),
     Idle("doctor", without("callbacks.doctor"), "callbacks.doctor is left out."),
     Idle("doctor", lambda cfg: bool(cfg.replay), "replay draws nothing that could be compared."),
@@ -149,7 +151,11 @@ WARNED = [
 ]
 
 
-NEUTRAL = {"algo.rejected": "zero", "algo.reward_scale": "zero_one"}  # these ask for nothing either
+NEUTRAL = {  # these ask for nothing either
+    "algo.rejected": "zero",
+    "algo.reward_scale": "zero_one",
+    "pipeline": "none",
+}
 
 
 def check_idle(cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:

@@ -27,6 +27,36 @@ def check_parts(algo: Any, data: Any, limits: Limits) -> None:
         check_old_logprobs(algo, data)
 
 
+def check_pipeline(algo: Any, data: Any, engine: Any) -> None:
+    """Whether `pipeline=one_step` can draw a rollout step while the one before is trained on."""
+    name, problem = type(algo).__name__, None
+    if not getattr(engine, "beside", False):
+        problem = (
+            f"{type(engine).__name__} draws in the trainer's own process, and cannot while it"
+            " trains. Take engine=transformers_process (CPU), or engine=vllm_server with devices"
+            " of its own"
+        )
+    elif not algo.uses_advantages:
+        problem = f"{name} has no advantages that weights could correct for the lag"
+    elif algo.tis_cap is None:
+        problem = (
+            "rollouts are drawn by the weights of a rollout step before, which truncated importance"
+            " sampling corrects for. Set algo.tis_cap=2.0"
+        )
+    elif data.allocator.max_rounds > 1:
+        problem = (
+            "this sampler looks at a round's rewards before it draws the next, on all ranks"
+            " together. Take sampler=uniform or gvm"
+        )
+    elif data.steps_per_epoch == 1:
+        problem = (
+            "an epoch has one rollout step, beside which nothing of it is left to draw. Raise"
+            " datamodule.prompts_per_epoch"
+        )
+    if problem:
+        raise UserError(f"pipeline=one_step: {problem}; or set pipeline=none.")
+
+
 def check_groups(algo: Any, data: Any) -> None:
     """Whether the budgets have a solution, and groups the size that the algorithm learns from."""
     bounds = getattr(data.allocator, "bounds", lambda prompts, total: (0, total))

@@ -53,6 +53,7 @@ TOP: dict[str, Any] = {  # the values of train.yaml itself, and those that model
     "doctor": bool,
     "debug": bool,
     "val_every": AtLeast0 | Literal["auto"],
+    "pipeline": Literal["none", "one_step"],
     "lr": NonNegative,
     "critic_lr": Positive,
 }

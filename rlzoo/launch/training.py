@@ -32,7 +32,7 @@ from rlzoo.errors import UserError
 from rlzoo.export import write as write_policy
 from rlzoo.launch import forecast
 from rlzoo.launch.idle import check_idle, check_idle_options
-from rlzoo.launch.preflight import check_parts
+from rlzoo.launch.preflight import check_parts, check_pipeline
 from rlzoo.launch.processes import cluster_plugins, is_first, log_name
 from rlzoo.launch.resuming import check_changes, nothing_left, reached, record_of, recorded
 from rlzoo.launch.run_dir import claim, clear, describe, find_checkpoint, make
@@ -308,6 +308,9 @@ def build(cfg: DictConfig, bars: Bars) -> tuple[RolloutLoop | SupervisedLoop, li
         data = instantiate(cfg.datamodule, source, tokenizer, allocator)
         drawer = Drawer(engine, reward, tokenizer, data.params, ledger, bars, data.seed)
         run = Run(limits, ledger, bars, drawer)
+        if cfg.pipeline == "one_step":
+            check_pipeline(algo, data, engine)
+            run.draws_ahead = True
     algo.ledger = ledger
     parts, others = build_callbacks(cfg, tokenizer)
     check_parts(algo, data, limits)

@@ -55,11 +55,17 @@ class Ledger:
         """Books sampled responses.
 
         Args:
-            stream: "train", "pilot" or "val".
+            stream: "train", "pilot" or "val"; "ahead" of those that are not trained on yet.
             lengths: tokens of each response.
         """
         self.counts[f"responses/{stream}"] += len(lengths)
         self.counts[f"tokens/{stream}"] += sum(lengths)
+
+    def moved(self, stream: str, to: str, lengths: list[int]) -> None:
+        """Books responses of one stream under another."""
+        self.counts[f"responses/{stream}"] -= len(lengths)
+        self.counts[f"tokens/{stream}"] -= sum(lengths)
+        self.drew(to, lengths)
 
     def updated(self, skipped: str | None) -> None:
         """Books an optimizer step, or the reason it was skipped for ("empty", "non_finite")."""
