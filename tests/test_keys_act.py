@@ -54,6 +54,7 @@ NODES = {  # key: how it is chosen
 }
 MORE = {  # keys that are chosen otherwise
     "sampler.allocator#dynamic": ("sampler=dynamic",),
+    "engine#process": ("engine=transformers_process",),
     "strategy#ddp": ("strategy=ddp",),
     "strategy#fsdp": ("strategy=fsdp",),
     "datamodule#sft": ("algo=sft", "limits.max_updates=9"),

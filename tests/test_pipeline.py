@@ -20,7 +20,8 @@ EPOCHS = (  # two epochs of three rollout steps
     "datamodule.prompts_per_epoch=12",
     "limits.max_responses=96",
 )
-AHEAD = ("pipeline=one_step", "algo.tis_cap=2.0", "engine=transformers", *EPOCHS)
+GAP = "algo.max_logprob_gap=1e-3"  # less than the policy moves in a step
+AHEAD = ("pipeline=one_step", "algo.tis_cap=2.0", "engine=transformers", GAP, *EPOCHS)
 
 
 @pytest.fixture(scope="module")
