@@ -189,6 +189,8 @@ def engine_of(cfg: DictConfig, shape: Shape, setting: Setting, longest: int, vll
         rows = min(node.max_rows, responses)
         draws = weights + TILES_OF_DRAW * memory.TILE[setting.device]
         stays = weights if setting.device == "cpu" else 0
+        if cfg.pipeline == "one_step":  # then it draws while the policy trains
+            stays = draws + rows * row
         return Engine(draws + row, draws + rows * row, stays=stays)
     if not is_kind(target_of(node), VLLMEngine):
         return Engine()  # on other devices
