@@ -33,7 +33,7 @@ from rlzoo.engines.base import (
 from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.errors import UserError
 from rlzoo.types import PolicyFactory
-from rlzoo.values import AtLeast1, Threads
+from rlzoo.values import AtLeast1, Precision, Threads
 
 ALIGNED = 64  # bytes; each tensor begins at a multiple, as if it had memory of its own
 
@@ -44,7 +44,7 @@ class EngineProcess(TransformersEngine):
     """Draws as TransformersEngine does, in another process.
 
     Args:
-        policy, eos_token_ids, pad_token_id, max_rows: see TransformersEngine.
+        policy, eos_token_ids, pad_token_id, max_rows, precision: see TransformersEngine.
         num_threads: torch's threads of that process; None leaves torch's choice.
     """
 
@@ -56,11 +56,12 @@ class EngineProcess(TransformersEngine):
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         max_rows: AtLeast1 = 512,
+        precision: Precision = "32-true",
         num_threads: Threads | None = None,
     ) -> None:
-        ids = list(eos_token_ids), pad_token_id
-        super().__init__(policy, *ids, max_rows, device="cpu")
-        make = partial(TransformersEngine, policy, *ids, max_rows, device="cpu")
+        taken = (policy, list(eos_token_ids), pad_token_id, max_rows, "cpu", precision)
+        super().__init__(*taken)
+        make = partial(TransformersEngine, *taken)
         parameters = list(self.model.parameters())
         block = torch.empty(sum(map(room, parameters)), dtype=torch.uint8).share_memory_()
         for parameter, place in zip(parameters, places(parameters, block), strict=True):
