@@ -13,6 +13,9 @@ from rlzoo.rewards.base import Scores
 from rlzoo.rewards.calling import RewardCaller
 from rlzoo.types import Prompt
 
+# How long responses gather before they are scored together: a call has a price, and what the thread
+# spends is the engine's loss. Nothing gathers any more once the last one is there.
+_GATHER_SECONDS = 0.25
 _LOOK_SECONDS = 0.05  # between two looks at how far the thread has come, for the progress bar
 _Finished = tuple[int, Tensor, bool]  # place, token ids, truncated
 
@@ -50,6 +53,7 @@ class Feeder:
         self.num_given = self.num_known = 0  # responses handed over, and scored
         self._finished: SimpleQueue[_Finished | None] = SimpleQueue()  # None: no more will come
         self._problem: BaseException | None = None
+        self._ended = threading.Event()
         self._abandoned = False
         self._thread = threading.Thread(target=self._work, name="rlzoo-reward", daemon=True)
 
@@ -59,7 +63,7 @@ class Feeder:
 
     def __exit__(self, *exception: object) -> None:
         self._abandoned = True
-        self._finished.put(None)
+        self._end()
         self._thread.join()
 
     def add(self, place: int, token_ids: Tensor, truncated: bool) -> None:
@@ -83,7 +87,7 @@ class Feeder:
             Exception: what the reward raised.
             RuntimeError: responses are missing.
         """
-        self._finished.put(None)
+        self._end()
         told, is_working = 0, True
         while is_working:
             self._thread.join(_LOOK_SECONDS)
@@ -118,6 +122,7 @@ class Feeder:
         """All that has finished meanwhile; waits for one, and has none when no more will come."""
         fresh: list[_Finished] = []
         item = self._finished.get()
+        self._ended.wait(_GATHER_SECONDS)
         while item is not None:
             fresh.append(item)
             try:
@@ -126,6 +131,10 @@ class Feeder:
                 return fresh
         self._finished.put(None)  # for the next call to see
         return fresh
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._finished.put(None)
 
     def _know(self, number: int) -> None:
         self.num_known += number

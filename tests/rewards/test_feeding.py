@@ -138,7 +138,7 @@ def test_only_what_is_waited_for_after_sampling_is_booked_as_verifying():
     seconds = {}
     for by_response in (False, True):
         slow.by_response, ledger = by_response, Ledger()
-        draw(slow, Scripted(then=lambda: time.sleep(0.3)), ledger)
+        draw(slow, Scripted(then=lambda: time.sleep(0.5)), ledger)
         seconds[by_response] = ledger.phases["verifying/train"]
     assert seconds[False] >= 0.24
     assert seconds[True] <= seconds[False] - 0.015  # one of twelve at least was scored meanwhile
