@@ -263,12 +263,12 @@ def test_dropout_is_named_and_no_weight_sync():
 @pytest.mark.parametrize(
     ("side", "change", "words"),
     [
-        ("engine", lambda x: 0.8 * x, "the engine's are the trainer's divided by 1.25"),
-        ("trainer", lambda x: 0.8 * x, "the engine's are the trainer's divided by 0.8"),
-        ("engine", lambda x: 8 * (x / 8).tanh(), "the engine caps them at 8"),
+        ("engine", {"logit_scale": 0.8}, "the engine's are the trainer's divided by 1.25"),
+        ("trainer", {"logit_scale": 0.8}, "the engine's are the trainer's divided by 0.8"),
+        ("engine", {"final_logit_softcapping": 8.0}, "the engine caps them at 8"),
         (
             "trainer",
-            lambda x: 8 * (x / 8).tanh(),
+            {"final_logit_softcapping": 8.0},
             "the forward pass: engine and trainer hold equal",
         ),
     ],
@@ -277,7 +277,7 @@ def test_logits_that_one_side_scales_or_caps_are_named(side, change, words):
     mine = fresh()
     engine = Planted(mine)
     model = engine.model if side == "engine" else mine
-    model.lm_head.register_forward_hook(lambda module, given, logits: change(logits))
+    model.config.update(change)
     told = diagnosed(mine, engine)
     assert words in told and "weight sync" not in told
 
