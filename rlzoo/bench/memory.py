@@ -5,18 +5,8 @@
 Counts the bytes of tensors that live in each process (storages, each once) at three moments of an
 optimizer step with AdamW, not resident memory, which holds code and freed blocks too: once training
 is set up, when the gradient is complete, and after the step. Their differences are compared with
-the formula of ZeRO (arXiv:1910.02054 section 3.1), for P parameters on N ranks:
-
-| | weights | gradients | Adam's moments | DeepSpeed's float32 copy |
-|---|---|---|---|---|
-| ddp | w P | g P | 8 P | none |
-| zero1 | w P | g P / N | 8 P / N | 4 P / N |
-| zero2 | w P | g P / N | 8 P / N | 4 P / N |
-| zero3, fsdp | w P / N | g P / N | 8 P / N | 4 P / N, none under FSDP |
-
-w and g are bytes of an element: 4 in float32; under DeepSpeed's bf16-mixed w is 2, and g is 2 in
-stage 1, 4 in stages 2 and 3, which add microbatches up in float32. The paper has g P for zero1: so
-it is during the backward pass, but what is not a rank's own is freed before the step.
+ZeRO's
+formula, `rlzoo.models.memory.states`.
 """
 
 from __future__ import annotations
@@ -37,14 +27,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from rlzoo.algos import PolicyAlgorithm
+from rlzoo.models.memory import PARTS, Held, states
 from rlzoo.report.ledger import Ledger
 from rlzoo.strategies import FSDP, DeepSpeed, ddp
 
 BUCKET = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}  # elements: next to none
-PARTS = ("weights", "gradients", "optimizer")
 
 
-def strategies() -> dict[str, Any]:
+def strategies() -> dict[Held, Any]:
     zero3 = BUCKET | {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}
     del zero3["allgather_bucket_size"]
     return {
@@ -54,20 +44,6 @@ def strategies() -> dict[str, Any]:
         "zero2": DeepSpeed(stage=2, options=BUCKET),
         "zero3": DeepSpeed(stage=3, persistence_threshold=0, options=zero3),
     }
-
-
-def expected(name: str, parameters: int, ranks: int, half: bool) -> dict[str, float]:
-    """Bytes on each rank by the formula; DeepSpeed's float32 copy counts as optimizer state."""
-    share = {part: parameters / ranks for part in PARTS}
-    if name == "ddp":
-        share = dict.fromkeys(PARTS, parameters)
-    elif name in ("zero1", "zero2"):
-        share["weights"] = parameters
-    element = 2 if half and name.startswith("zero") else 4
-    states = 12 if name.startswith("zero") else 8
-    gradient = element if name == "zero1" else 4  # the others add microbatches up in float32
-    sizes = {"weights": element, "gradients": gradient, "optimizer": states}
-    return {part: share[part] * sizes[part] for part in PARTS}
 
 
 def tensor_bytes() -> int:
@@ -241,7 +217,7 @@ def main(argv: list[str]) -> None:
             if half and not name.startswith("zero"):
                 continue
             found = launch(arguments, name, folder, 29700 + (os.getpid() + place) % 250)
-            formula = expected(name, count, arguments.ranks, half)
+            formula = states(name, count, arguments.ranks, half)
             ratios = {part: found[part] / formula[part] for part in PARTS}
             figures |= {f"{name}_{part}": ratios[part] for part in PARTS}
             cells = (

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import lightning
 import torch
+import transformers
 
 from rlzoo.algos import GRPO, PPO, PolicyAlgorithm
 from rlzoo.bench._live import Live
@@ -33,6 +34,11 @@ from rlzoo.types import Prompt, Rollouts, Update
 
 GROUP, PROMPT = 4, 16  # responses of a prompt; tokens of it
 PARTS = 3  # microbatches of an update
+ARITHMETIC: dict[str, memory.Arithmetic] = {
+    "32-true": "float32",
+    "bf16-mixed": "autocast",
+    "bf16-true": "half",
+}
 
 
 class Case(NamedTuple):
@@ -49,9 +55,7 @@ class Case(NamedTuple):
     @property
     def setting(self) -> Setting:
         return Setting(
-            arithmetic={"32-true": "float32", "bf16-mixed": "autocast", "bf16-true": "half"}[
-                self.precision
-            ],
+            arithmetic=ARITHMETIC[self.precision],
             element=2 if self.precision == "bf16-true" else 4,
             recompute=self.recompute,
             critic=self.ppo,
@@ -177,6 +181,7 @@ def main(argv: list[str]) -> None:
     for name in ("lightning.pytorch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    transformers.utils.logging.disable_progress_bar()
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         count = save_policy(Path(folder), arguments.shape)

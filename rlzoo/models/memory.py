@@ -32,7 +32,7 @@ class Shape(NamedTuple):
     """What the memory of a causal language model depends on; counts of elements."""
 
     parameters: int
-    linear: int  # parameters of linear layers, which autocast casts
+    linear: int  # parameters of linear layers but the head, which autocast casts
     largest: int  # of the largest parameter
     layers: int
     width: int  # of the residual stream
@@ -41,11 +41,17 @@ class Shape(NamedTuple):
     heads: int
     inner: int  # width of the MLP, or of all experts that a token goes through
     vocabulary: int
+    tied: bool = True  # whether the head is the embedding
+
+    @property
+    def head(self) -> int:
+        """Elements of the output head."""
+        return self.vocabulary * self.width
 
     @property
     def layer(self) -> int:
         """Parameters of one layer."""
-        outside = self.parameters - self.vocabulary * self.width
+        outside = self.parameters - self.head * (1 if self.tied else 2)
         return max(1, outside) // self.layers
 
 
@@ -73,7 +79,8 @@ def shape_of(config: PretrainedConfig, model: PreTrainedModel) -> Shape:
     """
     text = config.get_text_config()
     sizes = [p.numel() for p in model.parameters()]
-    linear = {id(m.weight): m.weight.numel() for m in model.modules() if type(m) is nn.Linear}
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    linear = [m for m in model.modules() if type(m) is nn.Linear and m is not output]
 
     def said(*names: str, default: int) -> int:
         found = (getattr(text, name, None) for name in names)
@@ -88,7 +95,7 @@ def shape_of(config: PretrainedConfig, model: PreTrainedModel) -> Shape:
         inner = experts * said("moe_intermediate_size", default=inner)
     return Shape(
         parameters=sum(sizes),
-        linear=sum(linear.values()),
+        linear=sum(m.weight.numel() for m in linear),
         largest=max(sizes),
         layers=said("num_hidden_layers", "n_layer", "n_layers", default=12),
         width=width,
@@ -97,6 +104,7 @@ def shape_of(config: PretrainedConfig, model: PreTrainedModel) -> Shape:
         heads=heads,
         inner=inner,
         vocabulary=said("vocab_size", default=max(sizes) // width),
+        tied=getattr(output, "weight", None) is getattr(embedding, "weight", None),
     )
 
 
@@ -155,18 +163,20 @@ def saved_by_layer(shape: Shape, arithmetic: Arithmetic) -> float:
 
 
 def activations(shape: Shape, setting: Setting, tokens: int) -> float:
-    """Bytes of one model's passes over a microbatch, at the most: what the layers keep, or with
-    recomputation the stream between them and one layer's own, what a layer's backward pass makes
-    of it (two gradients of the MLP's inner width, two of the stream), and what stands at the ends.
+    """Bytes of a pass over a microbatch, at the most: what the layers keep, or with recomputation
+    the stream between them and one layer's own; what a layer's backward pass makes of it (two
+    gradients of the MLP's inner width, two of the stream); and what stands at the ends. A critic
+    keeps as much again.
     """
+    models = 2 if setting.critic else 1
     kind = setting.arithmetic
     element, stream, own = ELEMENT[kind], RESIDUAL[kind], saved_by_layer(shape, kind)
-    kept = shape.layers * own
+    kept, again = models * shape.layers * own, 0.0
     if setting.recompute:
-        kept = shape.layers * stream * shape.width + own
+        kept, again = models * shape.layers * stream * shape.width, own
     made = 2 * element * shape.inner + 2 * stream * shape.width
     ends = (3 * 4 + stream) * shape.width  # the last norm's, and the states that predict tokens
-    return tokens * (kept + made + ends)
+    return tokens * (kept + again + made + models * ends)
 
 
 def head(shape: Shape, setting: Setting, tokens: int) -> float:
@@ -174,7 +184,8 @@ def head(shape: Shape, setting: Setting, tokens: int) -> float:
     in float32, and the gradient of the head before it is added to the others'."""
     element = ELEMENT[setting.arithmetic]
     states_ = tokens * shape.width * (4 + element)
-    gradient = 0 if setting.adapters is not None else 4 * shape.vocabulary * shape.width
+    weight = 2 if setting.arithmetic == "half" else 4
+    gradient = 0 if setting.adapters is not None else weight * shape.head
     return TILES * TILE[setting.device] + states_ + gradient
 
 
@@ -186,16 +197,11 @@ def exchange(shape: Shape, setting: Setting) -> float:
     """
     if setting.ranks == 1 or setting.held == "ddp":
         return 0
+    element = ELEMENT[setting.arithmetic]
     if setting.held == "fsdp":
-        element = 2 if setting.arithmetic != "float32" else 4
-        return element * (2 * shape.layer + 2 * shape.vocabulary * shape.width) + 4 * shape.layer
-    element = 2 if setting.arithmetic != "float32" else 4
-    bucket = element * min(BUCKET, shape.parameters)
-    return (
-        2 * bucket
-        if setting.held != "zero3"
-        else bucket + element * min(2 * BUCKET, shape.parameters)
-    )
+        return element * (2 * shape.layer + 2 * shape.head) + 4 * shape.layer
+    gathered = 2 * BUCKET if setting.held == "zero3" else BUCKET
+    return element * (min(BUCKET, shape.parameters) + min(gathered, shape.parameters))
 
 
 def training(shape: Shape, setting: Setting, tokens: int) -> dict[str, float]:
@@ -207,7 +213,7 @@ def training(shape: Shape, setting: Setting, tokens: int) -> dict[str, float]:
     # Each linear layer's weight is cast once for all microbatches of an update.
     found["casts"] = models * 2 * shape.linear if setting.arithmetic == "autocast" else 0
     found["exchange"] = models * exchange(shape, setting)
-    found["activations"] = models * activations(shape, setting, tokens)
+    found["activations"] = activations(shape, setting, tokens)
     found["logits"] = head(shape, setting, tokens)
     if not setting.fused:
         found["step"] = 4 * found["optimizer"] / (12 if setting.held.startswith("zero") else 8)
@@ -241,7 +247,8 @@ def reference(shape: Shape, setting: Setting) -> float:
     if not setting.reference or setting.adapters is not None:
         return 0
     if setting.arithmetic == "autocast":  # which leaves embeddings and norms as they are
-        return 2 * shape.linear + 4 * (shape.parameters - shape.linear)
+        halved = shape.linear + (0 if shape.tied else shape.head)
+        return 2 * halved + 4 * (shape.parameters - halved)
     element = 4 if setting.arithmetic == "float32" else 2
     share = setting.ranks if setting.held in ("fsdp", "zero3") else 1
     return element * shape.parameters / share
