@@ -67,6 +67,7 @@ OTHER = {  # where no other value can be guessed
     "model.lora": {"r": 4},
     "engine.vllm.options": {"block_size": 16},
     "engine.vllm.gpu_memory_share": 0.5,
+    "engine.transformers.max_rows": 8,
     "reward.num_workers": 3,
     "callbacks.rank_watch.patience": 60.0,
     "engine.vllm.kv_cache_dtype": "fp8",

@@ -102,7 +102,7 @@ class Data(lightning.LightningDataModule):
         return DataLoader(TensorDataset(torch.arange(32).view(2, 16)), batch_size=2)
 
 
-def measure(name: str, folder: str, ranks: int, precision: Any) -> dict[str, int]:
+def measure(name: Held, folder: str, ranks: int, precision: Any) -> dict[str, int]:
     module = Measured(folder)
     trainer = lightning.Trainer(
         accelerator="cpu",

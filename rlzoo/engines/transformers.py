@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,7 +127,8 @@ class TransformersEngine:
         policy: builds the model, here without adapters; its weights are replaced at the first sync.
         eos_token_ids: any of them ends a response.
         pad_token_id: fills prompts on the left.
-        max_rows: responses decoded at once; the rest wait. Bounds memory.
+        max_rows: responses decoded at once; the rest wait. "auto" is 512 here; the launch puts in
+            its place what fits.
         device: "auto" takes CUDA where there is one.
         precision: the trainer's. What it computes in bfloat16, the copy is held and computed in.
     """
@@ -137,13 +138,14 @@ class TransformersEngine:
         policy: PolicyFactory,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
-        max_rows: AtLeast1 = 512,
+        max_rows: AtLeast1 | Literal["auto"] = "auto",
         device: Device = "auto",
         precision: Precision = "32-true",
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device, self.max_rows, self.pad_token_id = torch.device(device), max_rows, pad_token_id
+        self.device, self.pad_token_id = torch.device(device), pad_token_id
+        self.max_rows = 512 if max_rows == "auto" else max_rows
         self.model = without_lora(policy)().eval().to(self.device).requires_grad_(False)
         self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
         check_placed(self.model)

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from rlzoo.engines.select import auto_engine, why_not_vllm
 from rlzoo.engines.shapes import empty_model
-from rlzoo.engines.transformers import TransformersEngine
 from rlzoo.engines.vllm import VLLMEngine
 from rlzoo.errors import UserError
 from rlzoo.launch.targets import is_kind, target_of
@@ -33,11 +32,13 @@ log = logging.getLogger(__name__)
 FILE = "forecast.json"
 MOST_TOKENS = {"cuda": 65_536, "cpu": 16_384}  # of a microbatch; more makes none faster
 STEP = 1_024  # tokens that an automatic microbatch is a multiple of
-CONTEXT = {"cuda": 2.5e9, "cpu": 0.7e9}  # bytes: CUDA's context, NCCL and graphs; a process's code
+# Bytes: CUDA's context, NCCL, graphs and what a sleeping vLLM keeps; a process's code.
+CONTEXT = {"cuda": 4.0e9, "cpu": 0.7e9}
 SLACK = 0.05  # of a GPU, lost to fragments
 FAR = 1.5  # times a machine's memory over which a forecast is refused on a CPU, where it may swap
 ENGINE_WORK = 3.0e9  # bytes of vLLM beside weights and cache: a prefill of 16,384 tokens
 MOST_SHARE = 0.9  # of a GPU, for an engine
+MOST_ROWS = 1_024  # that engine=transformers decodes at once; more makes none faster
 FILLED = 1.25  # columns of the cache of engine=transformers to those in use
 NAMES = {
     "optimizer": "optimizer states",
@@ -60,20 +61,28 @@ class Facts(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """What an engine takes of a rank's device."""
+    """What an engine takes of a rank's device: a share, or so much for each row."""
 
-    least: float = 0  # bytes with which it can draw one response at a time
-    most: float | None = None  # bytes that it takes, where that is known; None: its share says
-    share: float | None = None  # of the device; None: auto, or it has none
+    fixed: float = 0  # bytes without its cache
+    row: float = 0  # bytes of the cache of a response at its longest
     has_share: bool = False
-    stays: float = 0  # bytes that it keeps while the policy trains
-    sleeps: bool = True  # whether its share is given back then
+    share: float | None = None  # of the device, as it was given; None: auto
+    rows: int | None = None  # decoded at once, as they were given; None: auto
+    most_rows: int = 1
+    keeps: float = 0  # bytes that it keeps while the policy trains
+    sleeps: bool = True  # whether it gives back all else then
+
+    @property
+    def least(self) -> float:
+        """Bytes with which it can draw one response at a time."""
+        return self.fixed + self.row
 
 
 class Forecast(NamedTuple):
     facts: Facts
     tokens: int  # of a microbatch
     share: float | None  # of the device, the engine's
+    rows: int | None  # that engine=transformers decodes at once
     training: dict[str, float]  # bytes by part
     sampling: dict[str, float]
     syncing: dict[str, float]
@@ -164,7 +173,8 @@ def held_by(cfg: DictConfig) -> Held:
 def has_reference(cfg: DictConfig) -> bool:
     """Whether a frozen copy of the policy stands beside it."""
     scores = getattr(target_of(cfg.algo), "scores", ())
-    return "ref_logprobs" in scores or cfg.algo.get("kl_coef", 0) > 0
+    initial = cfg.algo.get("reference") == "initial"  # of Iterative DPO
+    return initial or "ref_logprobs" in scores or cfg.algo.get("kl_coef", 0) > 0
 
 
 def adapters_of(model: PreTrainedModel, lora: Any) -> int:
@@ -181,30 +191,35 @@ def engine_of(cfg: DictConfig, shape: Shape, setting: Setting, longest: int, vll
     if target_of(node) is auto_engine:
         node = node.vllm if vllm else node.transformers
     half = setting.arithmetic != "float32"
-    if is_kind(target_of(node), TransformersEngine):
+    if "max_rows" in node:  # engine=transformers
         size = 2 if half else setting.element
-        row = FILLED * longest * memory.cached_token(shape, size)
         weights = size * shape.parameters
         responses = math.ceil(cfg.datamodule.responses_per_step / setting.ranks)
-        rows = min(node.max_rows, responses)
-        draws = weights + TILES_OF_DRAW * memory.TILE[setting.device]
-        stays = weights if setting.device == "cpu" else 0
-        if cfg.pipeline == "one_step":  # then it draws while the policy trains
-            stays = draws + rows * row
-        return Engine(draws + row, draws + rows * row, stays=stays)
+        return Engine(
+            fixed=weights + TILES_OF_DRAW * memory.TILE[setting.device],
+            row=FILLED * longest * memory.cached_token(shape, size),
+            rows=None if node.max_rows == "auto" else min(node.max_rows, responses),
+            most_rows=min(MOST_ROWS, responses),
+            keeps=weights if setting.device == "cpu" else 0,
+            sleeps=cfg.get("pipeline", "none") == "none",
+        )
     if not is_kind(target_of(node), VLLMEngine):
         return Engine()  # on other devices
     size = 4 if node.dtype == "float32" or (node.dtype == "auto" and not on_gpu(cfg)) else 2
     weights = size * shape.parameters / node.tensor_parallel
     one = longest * memory.cached_token(shape, size) / node.tensor_parallel
     if not on_gpu(cfg):
-        whole = weights + (node.kv_cache_gb or 1.0) * 2**30
-        return Engine(whole, whole, stays=whole)
+        return Engine(weights + (node.kv_cache_gb or 1.0) * 2**30, rows=0, sleeps=False)
     if node.kv_cache_gb is not None:
-        whole = weights + ENGINE_WORK + node.kv_cache_gb * 2**30
-        return Engine(whole, whole, stays=0 if node.sleep_level else whole)
-    asked = None if node.gpu_memory_share == "auto" else float(node.gpu_memory_share)
-    return Engine(weights + one + ENGINE_WORK, None, asked, True, sleeps=node.sleep_level > 0)
+        cache = node.kv_cache_gb * 2**30
+        return Engine(weights + ENGINE_WORK + cache, rows=0, sleeps=node.sleep_level > 0)
+    return Engine(
+        fixed=weights + ENGINE_WORK,
+        row=one,
+        has_share=True,
+        share=None if node.gpu_memory_share == "auto" else float(node.gpu_memory_share),
+        sleeps=node.sleep_level > 0,
+    )
 
 
 TILES_OF_DRAW = 3  # logits, their distribution, and its sums in float64
@@ -220,15 +235,20 @@ def forecast(facts: Facts) -> Forecast:
     train = memory.training(shape, setting, tokens)
     rest = memory.resting(shape, setting)
     whole = 4.0 * shape.largest  # a parameter on its way to the engine
-    room = usable(facts) - rest - whole
-    share = engine.share
-    if engine.has_share and share is None:
-        awake = 0 if engine.sleeps else sum(train.values()) - rest
-        share = max(0.01, min(MOST_SHARE, math.floor(100 * (room - awake) / facts.total) / 100))
-    takes = engine.most if share is None else share * facts.total
-    keeps = engine.stays if engine.sleeps or share is None else share * facts.total
+    awake = 0 if engine.sleeps else sum(train.values()) - rest
+    room = usable(facts) - rest - whole - awake
+    share, rows = engine.share, engine.rows
+    if engine.has_share:
+        if share is None:
+            share = max(0.01, min(MOST_SHARE, math.floor(100 * room / facts.total) / 100))
+        takes = share * facts.total
+    else:
+        if rows is None and engine.row:
+            rows = max(1, min(engine.most_rows, int((room - engine.fixed) // engine.row)))
+        takes = engine.fixed + (rows or 0) * engine.row
+    keeps = engine.keeps if engine.sleeps else takes
     base = {"process": CONTEXT[setting.device]}
-    sampling = base | {"trainer": rest, "engine": takes or 0.0}
+    sampling = base | {"trainer": rest, "engine": takes}
     plan = {}
     if facts.planned:
         plan = base | {"trainer": rest, "engine": keeps}
@@ -237,6 +257,7 @@ def forecast(facts: Facts) -> Forecast:
         facts=facts,
         tokens=tokens,
         share=share,
+        rows=rows or None,
         training=base | train | {"engine": keeps},
         sampling=sampling if takes else {},
         syncing=sampling | {"a parameter": whole} if takes else {},
@@ -253,9 +274,11 @@ def usable(facts: Facts) -> float:
 def fitting_tokens(facts: Facts) -> int:
     """Tokens of a microbatch that fit, at least those of the longest sequence."""
     engine = facts.engine
-    keeps = engine.stays
-    if engine.has_share and not engine.sleeps:  # a given share, or what it cannot do without
-        keeps = engine.least if engine.share is None else engine.share * facts.total
+    keeps = engine.keeps
+    if not engine.sleeps:  # what was given, or what it cannot do without
+        keeps = engine.fixed + (engine.rows or 1) * engine.row
+        if engine.share is not None:
+            keeps = engine.share * facts.total
     room = usable(facts) - keeps
 
     def needs(tokens: int) -> float:
@@ -302,7 +325,8 @@ def refusal(found: Forecast, phase: str) -> str:
     place = "GPU" if facts.setting.device == "cuda" else "process, of the machine's memory,"
     said = (
         f"{what.get(phase, 'Sampling')} does not fit: {gb(found.phases[phase])} GB on paper"
-        f" ({parts(getattr(found, phase))}), and each {place} has {gb(facts.total)}."
+        f" ({parts(getattr(found, phase))}), and each {place} has {gb(facts.total)}, of which"
+        f" {gb(usable(facts) + CONTEXT[facts.setting.device])} can be counted on."
     )
     fits = list(mends(found))
     if not fits:
@@ -378,7 +402,8 @@ def line(found: Forecast) -> str:
         f" ({parts(found.training)}; microbatches of {found.tokens:,} tokens)"
     ]
     if "sampling" in phases:
-        share = "" if found.share is None else f", engine.gpu_memory_share={found.share:g}"
+        share = "" if found.share is None else f"; engine.gpu_memory_share={found.share:g}"
+        share = share if found.rows is None else f"; {found.rows:,} rows at once"
         told.append(f"sampling {gb(phases['sampling'])} ({parts(found.sampling)}{share})")
         told.append(f"a weight sync {gb(phases['syncing'])}")
     if "planning" in phases:
@@ -407,6 +432,8 @@ def settle(cfg: DictConfig) -> Forecast:
         "model.gradient_checkpointing": found.facts.setting.recompute,
         "engine.gpu_memory_share": found.share,
         "engine.vllm.gpu_memory_share": found.share,
+        "engine.max_rows": found.rows,
+        "engine.transformers.max_rows": found.rows,
     }
     for key, value in settled.items():
         if value is not None and OmegaConf.select(cfg, key) == "auto":
@@ -433,7 +460,11 @@ def machine_bytes() -> int:
 
 def write(found: Forecast, run_dir: Path, measured: Mapping[str, float] | None = None) -> None:
     """`forecast.json`: bytes by phase and part, and those measured, once they are."""
-    settled = {"tokens_per_microbatch": found.tokens, "gpu_memory_share": found.share}
+    settled = {
+        "tokens_per_microbatch": found.tokens,
+        "gpu_memory_share": found.share,
+        "max_rows": found.rows,
+    }
     device = {"device": found.facts.setting.device, "bytes_of_a_device": found.facts.total}
     paper = {name: getattr(found, name) for name in found.phases}
     told = device | settled | {"on_paper": paper, "measured": measured}

@@ -139,7 +139,7 @@ def states(held: Held, parameters: int, ranks: int, half: bool) -> dict[str, flo
     return {part: share[part] * sizes[part] for part in PARTS}
 
 
-def saved_by_layer(shape: Shape, arithmetic: Arithmetic) -> float:
+def saved_by_layer(shape: Shape, arithmetic: Arithmetic, joined: bool = False) -> float:
     """Bytes a token that one layer keeps for its backward pass.
 
     Of a layer with two RMS norms, attention of separate projections and a gated MLP: D is the
@@ -152,14 +152,24 @@ def saved_by_layer(shape: Shape, arithmetic: Arithmetic) -> float:
       values, the result, and a float32 for each head;
     - MLP: its input (autocast: for each of two), gate, its activation, the other branch, their
       product.
+
+    Args:
+        joined: whether the result of attention is kept twice, since rows are attended to one by one
+            and joined, as packed ones on a CPU are.
     """
-    d, q, k, m = shape.width, shape.queries, shape.keys, shape.inner
+    d, k, m = shape.width, shape.keys, shape.inner
+    q = shape.queries * (1.5 if joined else 1)
     small = 4 * shape.heads + 2 * 4
     if arithmetic == "float32":
         return 4 * (6 * d + 2 * q + 2 * k + 4 * m) + small
     inputs = 5 if arithmetic == "autocast" else 2
     norms = 4 * 4 * d if arithmetic == "autocast" else (2 * 4 + 2 * 2) * d
     return norms + 2 * (inputs * d + 2 * q + 2 * k + 4 * m) + small
+
+
+def element_of_norms(arithmetic: Arithmetic) -> int:
+    """Bytes of what a norm's weight is multiplied with."""
+    return 2 if arithmetic == "half" else 4
 
 
 def activations(shape: Shape, setting: Setting, tokens: int) -> float:
@@ -170,7 +180,10 @@ def activations(shape: Shape, setting: Setting, tokens: int) -> float:
     """
     models = 2 if setting.critic else 1
     kind = setting.arithmetic
-    element, stream, own = ELEMENT[kind], RESIDUAL[kind], saved_by_layer(shape, kind)
+    element, stream = ELEMENT[kind], RESIDUAL[kind]
+    own = saved_by_layer(shape, kind, joined=setting.device == "cpu")
+    if setting.adapters is not None:  # a norm that is not trained keeps nothing of its own result
+        own -= 2 * element_of_norms(kind) * shape.width
     kept, again = models * shape.layers * own, 0.0
     if setting.recompute:
         kept, again = models * shape.layers * stream * shape.width, own
