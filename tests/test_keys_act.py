@@ -68,6 +68,7 @@ OTHER = {  # where no other value can be guessed
     "engine.vllm.options": {"block_size": 16},
     "engine.vllm.gpu_memory_share": 0.5,
     "engine.transformers.max_rows": 8,
+    "engine.max_rows": 8,
     "reward.num_workers": 3,
     "callbacks.rank_watch.patience": 60.0,
     "engine.vllm.kv_cache_dtype": "fp8",

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class EngineProcess(TransformersEngine):
         policy: PolicyFactory,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
-        max_rows: AtLeast1 = 512,
+        max_rows: AtLeast1 | Literal["auto"] = "auto",
         precision: Precision = "32-true",
         num_threads: Threads | None = None,
     ) -> None:

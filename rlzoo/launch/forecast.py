@@ -39,7 +39,7 @@ FAR = 1.5  # times a machine's memory over which a forecast is refused on a CPU,
 ENGINE_WORK = 3.0e9  # bytes of vLLM beside weights and cache: a prefill of 16,384 tokens
 MOST_SHARE = 0.9  # of a GPU, for an engine
 MOST_ROWS = 1_024  # that engine=transformers decodes at once; more makes none faster
-FILLED = 1.25  # columns of the cache of engine=transformers to those in use
+FILLED = 1.25  # columns of the cache of engine=transformers to those in use; a layer is held twice
 NAMES = {
     "optimizer": "optimizer states",
     "casts": "autocast's copies",
@@ -197,7 +197,7 @@ def engine_of(cfg: DictConfig, shape: Shape, setting: Setting, longest: int, vll
         responses = math.ceil(cfg.datamodule.responses_per_step / setting.ranks)
         return Engine(
             fixed=weights + TILES_OF_DRAW * memory.TILE[setting.device],
-            row=FILLED * longest * memory.cached_token(shape, size),
+            row=(FILLED + 1 / shape.layers) * longest * memory.cached_token(shape, size),
             rows=None if node.max_rows == "auto" else min(node.max_rows, responses),
             most_rows=min(MOST_ROWS, responses),
             keeps=weights if setting.device == "cpu" else 0,
