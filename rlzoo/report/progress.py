@@ -151,7 +151,7 @@ def step_line(metrics: Mapping[str, float]) -> str:
         (4, show("truncated", _SHORT_PERCENT)),
         (4, show("degenerate_groups", _SHORT_PERCENT)),
         (9, "-" if budgets == "-/-/-" else budgets),
-        (4, show("time/sampling/train", _SECONDS)),
+        (4, show("sample", _SECONDS)),
         (4, show("time/verifying/train", _SECONDS)),
         (4, show("time/scoring", _SECONDS)),
         (4, show("time/training", _SECONDS)),
@@ -162,11 +162,14 @@ def step_line(metrics: Mapping[str, float]) -> str:
 
 
 def of_any_name(metrics: Mapping[str, float]) -> dict[str, float]:
-    """`val/avg`, avg@k whatever the k is, and `plan`, seconds of planning and of pilots."""
+    """`val/avg`, avg@k whatever the k is; `plan`, seconds of planning and of pilots; `sample`, of
+    drawing, or of waiting for what was drawn beside training."""
     validated = [metrics[f"{AVG}{k}"] for k in validated_ks(metrics)]
     times = {name: value for name, value in metrics.items() if name.startswith("time/")}
     plan = [v for name, v in times.items() if name == "time/planning" or name.endswith("/pilot")]
-    return ({"val/avg": validated[-1]} if validated else {}) | ({"plan": sum(plan)} if plan else {})
+    drawn = [v for n, v in times.items() if n in ("time/sampling/train", "time/waiting/ahead")]
+    found = {"val/avg": validated[-1:], "plan": plan, "sample": drawn}
+    return {name: sum(values) for name, values in found.items() if values}
 
 
 def _form(
