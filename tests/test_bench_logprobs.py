@@ -1,7 +1,7 @@
 import torch
 
 from rlzoo.bench._live_tensors import LiveTensors
-from rlzoo.bench.logprobs import case, memory, plain_scores, seconds, tiled_scores
+from rlzoo.bench.logprobs import Size, case, memory, plain_scores, seconds, tiled_scores
 
 
 def test_tensors_are_counted_while_they_live():
@@ -20,10 +20,10 @@ def test_tensors_are_counted_while_they_live():
 
 
 def test_the_bench_compares_the_same_scores_and_finds_the_tiles_smaller():
-    given = case(30, 16, 700)
+    given = case(30, Size(16, 700))
     for plain, tiled in zip(plain_scores(*given), tiled_scores(*given), strict=True):
         torch.testing.assert_close(tiled, plain)
-    held = memory(4096, 64, 20_000)
+    held = memory(4096, Size(64, 20_000))
     assert held["tiled"] < held["plain"] / 8
-    took = seconds(300, 16, 500, repeats=1)
+    took = seconds(300, Size(16, 500), repeats=1)
     assert {len(times) for times in took.values()} == {1}

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlzoo.bench._live_tensors import LiveTensors
 from rlzoo.models.gradnorms import head_gradient_norms
@@ -42,22 +43,23 @@ def plain_scores(hidden, head, tokens, temperature, entropy_gradient, transform)
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("transform", [PLAIN, LogitTransform(0.5), LogitTransform(0.5, 3.0)])
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("frozen", [False, True])
 def test_tiles_change_neither_scores_nor_gradients(
-    elements, temperature, entropy_gradient, transform, precision, monkeypatch
+    elements, temperature, entropy_gradient, transform, precision, frozen, monkeypatch
 ):
     monkeypatch.setitem(TILE_ELEMENTS, "cpu", elements)
     draw = torch.Generator().manual_seed(3)
     head = torch.nn.Linear(8, 40, bias=precision != "bfloat16")
     head.weight.data = torch.randn(40, 8, generator=draw)
-    head.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    head.to(torch.bfloat16 if precision == "bfloat16" else torch.float32).requires_grad_(not frozen)
     hidden = torch.randn(25, 8, generator=draw).to(head.weight.dtype).requires_grad_()
     tokens, pull = torch.randint(40, (25,), generator=draw), torch.randn(2, 25, generator=draw)
-    results = []
+    results, wanted = [], [hidden] if frozen else [hidden, *head.parameters()]
     for scores_of in (plain_scores, token_scores):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             scores = scores_of(hidden, head, tokens, temperature, entropy_gradient, transform)
         loss = sum(p @ s for p, s in zip(pull, scores, strict=True) if s.requires_grad)
-        results.append([*scores, *torch.autograd.grad(loss, [hidden, *head.parameters()])])
+        results.append([*scores, *torch.autograd.grad(loss, wanted)])
     for i, (expected, found) in enumerate(zip(*results, strict=True)):
         assert found.dtype == expected.dtype
         rounding = 1e-5 if i < 2 or precision == "float32" else 2e-2  # logits are rounded alike
@@ -77,6 +79,16 @@ def test_neither_logits_nor_their_gradient_stand_whole():
     with LiveTensors() as live:
         head_gradient_norms([hidden.detach()], head.weight, [tokens], 0.9, head.bias)
     assert live.largest <= tile and live.peak <= 4 * tile
+
+
+@pytest.mark.parametrize("frozen, products", [(True, 2), (False, 4)])
+def test_logits_are_made_again_for_the_heads_gradient_alone(frozen, products):
+    head, hidden = torch.nn.Linear(8, 40, bias=False), torch.randn(25, 8, requires_grad=True)
+    head.requires_grad_(not frozen)
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        token_scores(hidden, head, torch.arange(25), 1.0).logprobs.sum().backward()
+    assert counter.get_total_flops() == products * 2 * 25 * 8 * 40
 
 
 def test_a_frozen_head_costs_no_gradient_of_its_own():

@@ -1,6 +1,6 @@
 """Log-probs and entropies of tokens in tiles against whole logits: memory and time; GVM's norms.
 
-    python -m rlzoo.bench logprobs [--tokens 8192] [--timed-tokens 2048] [--repeats 5]
+    python -m rlzoo.bench logprobs [--timed-tokens 2048] [--frozen-head] [--repeats 5]
 
 The head of Qwen2.5-0.5B: 151,936 places, 896 wide, float32, random weights. Plain is what one
 writes down: whole logits, `logsumexp`, `gather`, the entropy from a softmax that carries no
@@ -10,7 +10,8 @@ gradient, and autograd's backward pass.
   over plain, at `--tokens`. Counted on fake tensors, since plain logits of 8,192 tokens take 25 GB;
   the gradient of the head is counted, the head itself is not. What a kernel holds for itself is not
   counted: plain has more of that.
-- `time_ratio`: seconds of the same, ours over plain, at `--timed-tokens`, side by side.
+- `time_ratio`: seconds of the same, ours over plain, at `--timed-tokens`, side by side. With
+  `--frozen-head`, as under LoRA, the hidden states alone have a gradient.
 - `norm_time_ratio`: seconds of gradient norms, softmax and entropies included, over those of the
   scores alone, forward, of responses of 256 tokens. On paper it is 1 + T / (2 D) for responses of
   T tokens: `norm_time_ratio_at` has longer ones too, and a wider model pays less.
@@ -22,6 +23,7 @@ import argparse
 import json
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,24 +60,31 @@ def update(scores: Scores, hidden: Tensor, head: nn.Linear, tokens: Tensor) -> N
     scores(hidden, head, tokens)[0].sum().backward()
 
 
-def case(tokens: int, width: int, vocabulary: int) -> tuple[Tensor, nn.Linear, Tensor]:
+class Size(NamedTuple):
+    width: int
+    vocabulary: int
+    frozen: bool = False  # the head has no gradient
+
+
+def case(tokens: int, size: Size) -> tuple[Tensor, nn.Linear, Tensor]:
     torch.manual_seed(0)
-    head = nn.Linear(width, vocabulary, bias=False)
+    width, head = size.width, nn.Linear(size.width, size.vocabulary, bias=False)
+    head.requires_grad_(not size.frozen)
     return torch.randn(tokens, width, requires_grad=True), head, torch.randint(9, (tokens,))
 
 
-def memory(tokens: int, width: int, vocabulary: int) -> dict[str, int]:
+def memory(tokens: int, size: Size) -> dict[str, int]:
     """Most bytes of tensors at once, of both."""
     found = {}
     for name, scores in (("plain", plain_scores), ("tiled", tiled_scores)):
         with FakeTensorMode():
-            found[name] = peak_bytes(partial(update, scores, *case(tokens, width, vocabulary)))
+            found[name] = peak_bytes(partial(update, scores, *case(tokens, size)))
     return found
 
 
-def seconds(tokens: int, width: int, vocabulary: int, repeats: int) -> dict[str, list[float]]:
+def seconds(tokens: int, size: Size, repeats: int) -> dict[str, list[float]]:
     """Of both updates; of scores alone, and of norms by a response's length."""
-    hidden, head, ids = case(tokens, width, vocabulary)
+    hidden, head, ids = case(tokens, size)
     states = hidden.detach()
     runs: dict[str, Callable[[], object]] = {
         "plain": partial(update, plain_scores, hidden, head, ids),
@@ -94,18 +103,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--timed-tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--frozen-head", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
-    size = (args.width, args.vocabulary)
-    held = memory(args.tokens, *size)
-    took = seconds(args.timed_tokens, *size, args.repeats)
+    size = Size(args.width, args.vocabulary, args.frozen_head)
+    held = memory(args.tokens, size)
+    took = seconds(args.timed_tokens, size, args.repeats)
     print(f"memory of {args.tokens} tokens: {held['plain']:,} bytes plain, {held['tiled']:,} tiled")
     for name, times in took.items():
         print(f"{name:14} {' '.join(f'{time:7.2f}' for time in times)} s")
     norms = {n: ratio(took[f"norms of {n}"], took["scores"]) for n in LENGTHS}
     result = {
         **{"tokens": args.tokens, "timed_tokens": args.timed_tokens, "width": args.width},
-        **{"vocabulary": args.vocabulary, "threads": torch.get_num_threads()},
+        **{"vocabulary": args.vocabulary, "frozen_head": args.frozen_head},
+        "threads": torch.get_num_threads(),
         "memory_ratio": round(held["tiled"] / held["plain"], 4),
         **figures("time_ratio", ratio(took["tiled"], took["plain"])),
         **figures("norm_time_ratio", norms[MAIN_LENGTH]),

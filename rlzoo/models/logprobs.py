@@ -18,6 +18,7 @@ from rlzoo.models.tiles import (
     Places,
     add_product,
     full_precision,
+    hidden_gradient,
     logit_gradient,
     softmax_of,
     square_blocks,
@@ -63,7 +64,9 @@ class Scored(torch.autograd.Function):
     """Log-prob and entropy of each token, [M] float32.
 
     The backward walk makes each tile of logits again: four matrix products where whole logits take
-    three. Sums of gradients are float32, those of the head rounded once to its weight's dtype.
+    three. Under a frozen head (LoRA) the gradient of each log-prob by its hidden state is known
+    without the loss, and comes out of the forward walk: two products, as with whole logits. Sums of
+    gradients are float32, those of the head rounded once to its weight's dtype.
     """
 
     @staticmethod
@@ -77,26 +80,32 @@ class Scored(torch.autograd.Function):
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         head = Head(weight, bias, *settings)
+        by_hidden, by_weight, by_bias = ctx.needs_input_grad[:3]
+        ctx.known = by_hidden and not (by_weight or by_bias or entropy_gradient)
         with full_precision(hidden):
-            found = softmax_of(hidden.to(head.dtype), head, tokens)
+            if ctx.known:
+                found, gradient = hidden_gradient(hidden.to(head.dtype), head, tokens)
+            else:
+                found = softmax_of(hidden.to(head.dtype), head, tokens)
         log_norm, entropy = found.log_norm, found.entropy
-        ctx.save_for_backward(hidden, weight, bias, tokens, log_norm, entropy)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
+        if ctx.known:
+            ctx.save_for_backward(gradient)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, tokens, log_norm, entropy)
+        ctx.settings, ctx.entropy_gradient = settings, entropy_gradient
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return found.own - log_norm, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.known:
+            (gradient,) = ctx.saved_tensors
+            return of_logprobs[:, None] * gradient, None, None, None, None, None
         hidden, weight, bias, tokens, log_norm, entropy = ctx.saved_tensors
         head, blocks = Head(weight, bias, *ctx.settings), square_blocks(tokens)
         states = hidden.to(head.dtype)
-        if of_logprobs is None:
-            of_logprobs = torch.zeros_like(log_norm)
         of_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
@@ -106,7 +115,7 @@ class Scored(torch.autograd.Function):
                 for rows in blocks:
                     logits, places = part.logits(states[rows]), Places.of(tokens[rows], columns)
                     given = [log_norm[rows], of_logprobs[rows]]
-                    if of_entropy is not None:
+                    if ctx.entropy_gradient:
                         given += [of_entropy[rows], entropy[rows]]
                     gradient = logit_gradient(part, logits, places, *given)
                     if of_bias is not None:

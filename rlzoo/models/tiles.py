@@ -87,6 +87,11 @@ def add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
         total += one @ other
 
 
+def times(tile: Tensor, slope: Tensor | float) -> Tensor:
+    """The product, in place."""
+    return tile.mul_(slope) if isinstance(slope, Tensor) or slope != 1 else tile
+
+
 def slices(length: int, width: int) -> list[slice]:
     """A range in parts of at most `width`, all of nearly the same length."""
     count = math.ceil(length / width)
@@ -175,19 +180,38 @@ class RunningSoftmax:
         return self.mass.log() - (self.moment + above.exp() * above) / self.mass
 
 
-def softmax_of(hidden: Tensor, head: Head, tokens: Tensor) -> RunningSoftmax:
+def softmax_of(
+    hidden: Tensor, head: Head, tokens: Tensor, others_mean: Tensor | None = None
+) -> RunningSoftmax:
     """One walk.
 
     Args:
         hidden: [M, D] in the dtype of products.
         tokens: [M].
+        others_mean: [M, D] zeros, if wanted: becomes the sum, over all places but the token's own,
+            of probability times slope times the head's row.
     """
     running, blocks = RunningSoftmax(tokens), square_blocks(tokens)
     for columns, part in head.parts(blocks):
         for rows in blocks:
             logits = part.logits(hidden[rows])
-            running.add(rows, logits, Places.of(tokens[rows], columns))
+            slope = 1.0 if others_mean is None else part.slope(logits)
+            weights, decay = running.add(rows, logits, Places.of(tokens[rows], columns))
+            if others_mean is not None:
+                others_mean[rows] *= decay[:, None]
+                weights = times(weights, slope).to(head.dtype)
+                add_product(others_mean[rows], weights, part.weight)
+    if others_mean is not None:
+        others_mean /= running.mass[:, None]
     return running
+
+
+def hidden_gradient(hidden: Tensor, head: Head, tokens: Tensor) -> tuple[RunningSoftmax, Tensor]:
+    """One walk, and [M, D] float32 the gradient of each token's log-prob by its hidden state."""
+    gradient = torch.zeros_like(hidden, dtype=torch.float32)
+    found = softmax_of(hidden, head, tokens, gradient)
+    own_slope = (found.others / found.mass) * head.slope(found.own)
+    return found, gradient.neg_().addcmul_(head.part(tokens).weight.float(), own_slope[:, None])
 
 
 def logit_gradient(
@@ -214,4 +238,4 @@ def logit_gradient(
         pull = pull + of_entropy[:, None] * (logprobs + entropy[:, None])  # [m, v]
     gradient = logprobs.exp_().mul_(-pull)
     places.write(gradient, gradient.gather(1, places.place) + of_logprobs[:, None])
-    return gradient.mul_(slope) if isinstance(slope, Tensor) or slope != 1 else gradient
+    return times(gradient, slope)
