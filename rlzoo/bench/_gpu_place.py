@@ -189,8 +189,10 @@ def read_report(report: Path, found: Found) -> dict[str, int]:
 
 
 def last_line(file: Path) -> str:
+    """What a run said it ended by, or what a process said last."""
     lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it said nothing"
+    ends = [line for line in lines if line.startswith("rlzoo: ")]
+    return (ends or lines or ["it said nothing"])[-1].strip()
 
 
 def memory_lines(file: Path) -> list[dict[str, Any]]:
