@@ -92,12 +92,13 @@ class Drawer:
         prompts, budgets = [p for p, _ in chosen], [n for _, n in chosen]
         rank, world_size = world()
         lengths = [len(p.token_ids) for p in prompts]
-        mine = share_out(lengths, budgets, self.expected_length(), world_size)[rank]
+        usual = self.expected_length()
+        mine = share_out(lengths, budgets, usual, world_size)[rank]
         requests = []
         for i, start, stop in mine:
             key = (self.seed, stream, rollout_step, round_, prompts[i].id)
             seeds = tuple(response_seed(*key, index) for index in range(start, stop))
-            expected = self.lengths.expected(prompts[i].id, self.expected_length())
+            expected = self.lengths.expected(prompts[i].id, usual)
             requests.append(Request(prompts[i].token_ids, seeds, expected))
         version = self.ledger.updates
         return Order(prompts, budgets, mine, requests, version, stream, rollout_step)
@@ -297,7 +298,8 @@ def assemble(
 
 def check_finite(rollouts: Rollouts, stream: str, engine: Engine) -> None:
     """Raises a UserError if log-probs of the engine are NaN or inf: what it drew is then noise."""
-    lost = sum(int((~logprobs.isfinite()).sum()) for logprobs in rollouts.sampler_logprobs)
+    logprobs = torch.cat([torch.zeros(0), *rollouts.sampler_logprobs])
+    lost = len(logprobs) - int(logprobs.isfinite().sum())
     if lost:
         raise UserError(
             f"The engine's log-probs are not finite: {lost} of {int(rollouts.lengths.sum())} tokens"
