@@ -18,13 +18,15 @@ from typing import Literal, NamedTuple
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rlzoo.models.tiles import TILE_ELEMENTS
+
 Arithmetic = Literal["float32", "autocast", "half"]
 Held = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]  # what ranks share; one alone is as ddp
 PARTS = ("weights", "gradients", "optimizer")
 ELEMENT = {"float32": 4, "autocast": 2, "half": 2}  # bytes, of what linear layers compute in
 RESIDUAL = {"float32": 4, "autocast": 4, "half": 2}  # bytes, of the stream between layers
 BUCKET = 500_000_000  # elements that DeepSpeed exchanges at once, its default
-TILE = {"cpu": 2**23, "cuda": 2**28}  # bytes of logits made at once
+TILE = {device: 4 * n for device, n in TILE_ELEMENTS.items()}  # bytes of logits made at once
 TILES = 4  # of them at a time: logits, probabilities, their gradient, and one as it is made
 
 
