@@ -73,9 +73,9 @@ class Case:
 
 
 TINY_STEP = Case("tiny", prompts=32, group=8, updates=4, limit=96)
-EQUAL_25M = Case("25m", prompts=8, group=6, updates=4, limit=64, question=16)
+EQUAL_25M = Case("25m", prompts=8, group=4, updates=4, limit=64, question=16)
 SKEWED_25M = replace(EQUAL_25M, limit=128, mean_length=32.0)
-EQUAL_135M = Case("135m", prompts=4, group=4, updates=2, limit=48, question=16)
+EQUAL_135M = Case("135m", prompts=2, group=4, updates=2, limit=32, question=16)
 CASES = {
     "tiny_float32": TINY_STEP,
     "tiny_bf16": replace(TINY_STEP, bf16=True),
