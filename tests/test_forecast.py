@@ -250,6 +250,17 @@ def test_what_cannot_fit_is_refused_with_the_number_and_what_would(given, large)
         assert words in str(refused.value), str(refused.value)
 
 
+def test_rows_are_as_many_as_fit_at_their_longest(large):
+    found = foreseen(large["1.5B"], total=100e9)
+    engine = found.facts.engine
+    assert found.rows is not None and 1 < found.rows < forecast.MOST_ROWS
+    room = forecast.usable(found.facts) - sum(found.sampling.values()) + 0.7e9
+    assert 0 <= room < engine.row + 4 * found.facts.shape.largest
+    many = "engine.transformers.max_rows=4096"
+    with pytest.raises(UserError, match="engine.max_rows=auto"):
+        forecast.check(foreseen(large["1.5B"], many, total=100e9))
+
+
 def test_a_cpu_refuses_what_is_far_over_alone(large):
     rows = "engine.transformers.max_rows=1"
     near = foreseen(large["1.5B"], rows, total=40e9)
@@ -297,9 +308,9 @@ def test_a_run_says_its_forecast_and_puts_what_was_measured_beside_it(tmp_path: 
     said = warm.passed(tmp_path)
     assert "Memory of a process on paper" in said and "Memory of the first step" in said
     told = json.loads((tmp_path / "forecast.json").read_text())
-    assert told["tokens_per_microbatch"] == 16_384 and told["max_rows"] == 16
+    assert told["tokens_per_microbatch"] == 16_384 and told["max_rows"] == 1024
     config = (tmp_path / "config.yaml").read_text()
-    assert "tokens_per_microbatch: 16384" in config and "max_rows: 16" in config
+    assert "tokens_per_microbatch: 16384" in config and "max_rows: 1024" in config
     assert told["measured"].keys() == {"training", "sampling", "syncing", "planning"}
     assert all(size > 0.1e9 for size in told["measured"].values())
     assert told["on_paper"].keys() == {"training", "sampling", "syncing"}

@@ -57,7 +57,7 @@ class Facts(NamedTuple):
     longest: int  # tokens of the longest prompt and response
     tokens: int | None  # of a microbatch; None: auto
     engine: Engine
-    planned: int  # tokens of a pass that takes gradient norms; 0 where none does
+    plans: bool  # whether a plan takes gradient norms, of a microbatch's tokens at once
 
 
 class Engine(NamedTuple):
@@ -68,7 +68,6 @@ class Engine(NamedTuple):
     has_share: bool = False
     share: float | None = None  # of the device, as it was given; None: auto
     rows: int | None = None  # decoded at once, as they were given; None: auto
-    most_rows: int = 1
     keeps: float = 0  # bytes that it keeps while the policy trains
     sleeps: bool = True  # whether it gives back all else then
 
@@ -115,8 +114,7 @@ def facts_of(cfg: DictConfig, model: PreTrainedModel, total: float, vllm: bool) 
     pilots = OmegaConf.select(cfg, "callbacks.sampler.pilots") if draws else None
     engine = engine_of(cfg, shape, setting, longest, vllm) if draws else Engine()
     given = None if tokens == "auto" else int(tokens)
-    planned = min(given or MOST_TOKENS["cpu"], MOST_TOKENS["cpu"]) if pilots else 0
-    return Facts(shape, setting, total, longest, given, engine, planned)
+    return Facts(shape, setting, total, longest, given, engine, bool(pilots))
 
 
 def setting_of(cfg: DictConfig, model: PreTrainedModel) -> Setting:
@@ -194,12 +192,10 @@ def engine_of(cfg: DictConfig, shape: Shape, setting: Setting, longest: int, vll
     if "max_rows" in node:  # engine=transformers
         size = 2 if half else setting.element
         weights = size * shape.parameters
-        responses = math.ceil(cfg.datamodule.responses_per_step / setting.ranks)
         return Engine(
             fixed=weights + TILES_OF_DRAW * memory.TILE[setting.device],
             row=(FILLED + 1 / shape.layers) * longest * memory.cached_token(shape, size),
-            rows=None if node.max_rows == "auto" else min(node.max_rows, responses),
-            most_rows=min(MOST_ROWS, responses),
+            rows=None if node.max_rows == "auto" else int(node.max_rows),
             keeps=weights if setting.device == "cpu" else 0,
             sleeps=cfg.get("pipeline", "none") == "none",
         )
@@ -244,15 +240,15 @@ def forecast(facts: Facts) -> Forecast:
         takes = share * facts.total
     else:
         if rows is None and engine.row:
-            rows = max(1, min(engine.most_rows, int((room - engine.fixed) // engine.row)))
+            rows = max(1, min(MOST_ROWS, int((room - engine.fixed) // engine.row)))
         takes = engine.fixed + (rows or 0) * engine.row
     keeps = engine.keeps if engine.sleeps else takes
     base = {"process": CONTEXT[setting.device]}
     sampling = base | {"trainer": rest, "engine": takes}
     plan = {}
-    if facts.planned:
+    if facts.plans:
         plan = base | {"trainer": rest, "engine": keeps}
-        plan["norms"] = memory.planning(shape, setting, facts.planned)
+        plan["norms"] = memory.planning(shape, setting, tokens)
     return Forecast(
         facts=facts,
         tokens=tokens,
@@ -348,6 +344,9 @@ def mends(found: Forecast) -> Iterator[str]:
     if facts.engine.share is not None:
         freed = facts._replace(engine=facts.engine._replace(share=None))
         tries.append(("engine.gpu_memory_share=auto", freed))
+    if facts.engine.rows and facts.engine.row:
+        fewer = facts._replace(engine=facts.engine._replace(rows=None))
+        tries.append(("engine.max_rows=auto", fewer))
     if not setting.recompute:
         also("model.gradient_checkpointing=true", recompute=True)
     if setting.ranks > 1:
