@@ -81,12 +81,16 @@ class Rows:
         self.lengths[places] = at + 1
         self.near_ties[places] += near_tie
         self.last[rows] = token
-        stopped = torch.isin(token, self.stop_ids)
+        stopped = self.stops(places, token)
         ended = (stopped | (at + 1 == self.limit)).nonzero()[:, 0]
         self.going[rows[ended]] = False
         self.num_going -= len(ended)
         pairs = zip(places[ended].tolist(), (~stopped[ended]).tolist(), strict=True)
         return [(self.owner[place], self._response(place, cut)) for place, cut in pairs]
+
+    def stops(self, places: Tensor, token: Tensor) -> Tensor:
+        """[G] bool: whether a row's last token, in one of these places, is an end token."""
+        return torch.isin(token, self.stop_ids)
 
     def _response(self, place: int, truncated: bool) -> Response:
         length = int(self.lengths[place])

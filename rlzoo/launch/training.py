@@ -371,13 +371,15 @@ def set_up_process(cfg: DictConfig) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns wherever it is imported
     # Or trainer.deterministic fills every new tensor with NaN, here and inside a vLLM engine.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (untyped)
-    keep_freed_memory()
+    if cfg.trainer.accelerator == "cpu":
+        keep_freed_memory()
     lightning.seed_everything(cfg.seed, verbose=False)
 
 
 def keep_freed_memory() -> None:
     """Tells glibc's malloc to keep large freed blocks: a step frees and asks for the same sizes,
-    and mapping them anew each time cost a fifth of a CPU training step."""
+    and mapping them anew each time cost a fifth of a CPU training step. A process keeps its peak by
+    that, so it is not for hosts of GPUs, where a step's memory is elsewhere."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
