@@ -23,9 +23,9 @@ from rlzoo.bench._interleaved import figures, ratio
 from rlzoo.bench._random_policies import SHAPES
 from rlzoo.bench._runs import Row, model_of, rows_of, seconds
 
-STEPS = 6
+STEPS = 4
 TRAINING = ("scoring", "training")
-RESPONSES = {"tiny": 256, "1m": 64, "25m": 48, "135m": 16}
+RESPONSES = {"tiny": 256, "1m": 64, "25m": 16, "135m": 8}
 
 
 def shared(policy: str, updates: int) -> tuple[str, ...]:
