@@ -185,7 +185,8 @@ class Update:
     Attributes:
         place: of the update in its rollout step, from 0.
         last: whether it ends its rollout step.
-        first: place of its first microbatch in the update, where it is a part of one.
+        first, ends: of a part of an update, the place of its first microbatch, and whether it is
+            the last part.
     """
 
     def __init__(
@@ -194,9 +195,10 @@ class Update:
         place: int = 0,
         last: bool = False,
         first: int = 0,
+        ends: bool = True,
     ) -> None:
-        self.microbatches, self.place = list(microbatches), place
-        self.last, self.first = last, first
+        self.microbatches, self.place, self.last = list(microbatches), place, last
+        self.first, self.ends = first, ends
 
     def to(self, *_: object, **__: object) -> Update:
         """Itself: each microbatch goes to the device when its turn comes."""
@@ -206,7 +208,7 @@ class Update:
         """Updates of one microbatch each, of which the last alone may end the rollout step."""
         count = len(self.microbatches)
         return [
-            Update([batch], self.place, self.last and i == count - 1, i)
+            Update([batch], self.place, self.last and i == count - 1, i, i == count - 1)
             for i, batch in enumerate(self.microbatches)
         ]
 

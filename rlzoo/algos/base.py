@@ -62,6 +62,7 @@ from rlzoo.models.logprobs import response_scores
 from rlzoo.models.lora import is_adapter, lora_of, whole_weights_of
 from rlzoo.models.packed import check_placed, is_packed
 from rlzoo.models.precision import float_buffers, put_back
+from rlzoo.ranks.exchange import all_gather
 from rlzoo.report.ledger import Ledger
 from rlzoo.rng import derive_seed
 from rlzoo.types import Credit, OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts, Update
@@ -272,9 +273,12 @@ class PolicyAlgorithm(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         put_back(self, self.kept_buffers)
-        check_placed(self.policy)
         for model in self.side_models:
             model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper of `to`
+        for model in (self.policy, *self.side_models):
+            check_placed(model)
+        # Ranks may have settled it apart, by the memory of their own machines.
+        self.tokens_per_microbatch = min(all_gather(self.tokens_per_microbatch))
 
     @property
     def pads(self) -> bool:
@@ -518,8 +522,10 @@ class PolicyAlgorithm(lightning.LightningModule):
                 batch.old_logprobs[batch.response_mask],
                 batch.sampler_logprobs[batch.response_mask],
             )
-        over = update.last and place == len(update.microbatches) - 1 and watch.comparable
-        if over and (lora is None or not lora["dropout"]):  # dropout moves log-probs by itself
+        ended = update.place == 0 and update.ends and place == len(update.microbatches) - 1
+        if (
+            ended and watch.comparable and (lora is None or not lora["dropout"])
+        ):  # dropout moves log-probs by itself
             watch.check(self)
 
     def total_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput:

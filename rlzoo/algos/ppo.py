@@ -13,6 +13,7 @@ from rlzoo.models.critic import Critic
 from rlzoo.models.flops import trunk_flops
 from rlzoo.models.logits import hidden_size
 from rlzoo.models.logprobs import response_hidden, response_scores, spread
+from rlzoo.models.packed import set_attention
 from rlzoo.types import Credit, OptimizerFactory, PolicyFactory, RolloutBatch, Rollouts
 from rlzoo.values import AtLeast0, Positive, Share
 
@@ -68,6 +69,11 @@ class PPO(PolicyAlgorithm):
         super().build_models()
         backbone = self.policy_factory().train() if self.critic_kind == "separate" else None
         self.critic = Critic(hidden_size(self.policy.get_output_embeddings()), backbone)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.critic.backbone is not None:  # which was not settled where ZeRO-3 loaded it
+            set_attention(self.critic.backbone, self.policy.config._attn_implementation)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         (actor,) = super().parameter_groups()

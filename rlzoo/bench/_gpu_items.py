@@ -418,7 +418,7 @@ ITEMS = {
     8: Item(
         "GVM's norms of 64 pilots of 1.5B",
         180,
-        "Lower sampler.callback.max_tokens; sampler=uniform plans without them.",
+        "Lower algo.tokens_per_microbatch; sampler=uniform plans without them.",
         norms,
     ),
     9: Item(

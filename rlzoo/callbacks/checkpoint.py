@@ -91,6 +91,8 @@ class Checkpoint(Callback):
         optimizer steps were made of microbatches of two.
         """
         self.check_monitor(run)
+        if trainer.is_global_zero:
+            self.point_to_best()  # as of the checkpoint that is gone on from
         loop = trainer.fit_loop
         total = vars(loop.epoch_progress.total)  # of a class that Lightning does not declare
         if loop.restarted_mid_epoch and total["processed"] == total["ready"]:
@@ -154,9 +156,7 @@ class Checkpoint(Callback):
         return True
 
     def save(self, trainer: Trainer, name: str) -> None:
-        for logger in trainer.loggers:
-            if hasattr(logger, "flush"):
-                logger.flush()
+        self.flush(trainer)
         partial = self.folder / f"{name}.partial"
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -172,9 +172,19 @@ class Checkpoint(Callback):
         if trainer.is_global_zero and not self.asynchronous:
             self.publish(partial)
 
+    def flush(self, trainer: Trainer) -> None:
+        """Has the disk hold all that the counts to be saved speak of."""
+        for logger in trainer.loggers:
+            if hasattr(logger, "flush"):
+                logger.flush()
+        for part in vars(trainer)["callbacks"]:
+            if hasattr(part, "written"):
+                part.written()
+
     def save_weights(self, trainer: Trainer, name: str) -> None:
         """Writes weights, data position and counts to one file, which becomes the best; collective
         where weights are sharded."""
+        self.flush(trainer)
         module, data = trainer.lightning_module, vars(trainer)["datamodule"]
         weights = whole_state(module, keep=trainer.is_global_zero)
         states = {part.state_key: part.state_dict() for part in vars(trainer)["callbacks"]}
@@ -201,17 +211,15 @@ class Checkpoint(Callback):
         remove(self.folder / name)
         os.replace(partial, self.folder / name)
         point(self.folder / "last.ckpt", name)
+        kept = {name, *best, *(other for _, other in self.best)}  # a thread may be late
         for path in [*ours(self.folder, SAVED), *ours(self.folder, BEST)]:
-            if path.name not in {name, *best}:
+            if path.name not in kept:
                 remove(path)
 
     def point_to_best(self) -> None:
-        """Moves `best.ckpt`, and removes weights that are no longer among the best."""
-        names = [name for _, name in self.best]
-        point(self.folder / "best.ckpt", names[0])
-        for path in ours(self.folder, BEST):
-            if path.name not in names:
-                remove(path)
+        """Moves `best.ckpt`. What was the best stays until no checkpoint names it: `publish`."""
+        if self.best:
+            point(self.folder / "best.ckpt", self.best[0][1])
 
     def state_dict(self) -> dict[str, Any]:
         module, loggers = self._trainer.lightning_module, self._trainer.loggers
@@ -232,7 +240,8 @@ class Checkpoint(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved_by({"callbacks": {"Checkpoint": state}})
         if comparable(state.get("monitor", self.monitor), self.monitor):
-            self.best = [(score, name) for score, name in state["best"]][: self.keep_best]
+            there = [(s, name) for s, name in state["best"] if (self.folder / name).exists()]
+            self.best = there[: self.keep_best]
         elif self.keep_best:
             log.warning(
                 f"callbacks.checkpoint.monitor is {self.monitor} now, and was {state['monitor']}:"

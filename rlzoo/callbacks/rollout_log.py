@@ -142,7 +142,8 @@ class RolloutLog(Callback):
                 if found and int(found.group(1)) >= first:
                     path.unlink()
 
-    def on_save_checkpoint(self, *args: Any) -> None:
+    def written(self) -> None:
+        """Returns once all files are; a checkpoint waits for it."""
         self.files.wait()
 
     def on_train_end(self, *args: Any) -> None:

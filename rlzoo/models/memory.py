@@ -207,11 +207,14 @@ def head(shape: Shape, setting: Setting, tokens: int) -> float:
 def exchange(shape: Shape, setting: Setting) -> float:
     """Bytes of what ranks exchange while gradients are made: buckets, and parts gathered whole.
 
-    DDP's buckets are where its gradients live. FSDP gathers two layers at a time, or embedding and
-    head, and reduces a layer's gradient in float32; ZeRO-3 gathers up to 1e9 elements.
+    DDP's buckets are where its gradients live, but for those of an update's first microbatches,
+    which the last one copies there. FSDP gathers two layers at a time, or embedding and head, and
+    reduces a layer's gradient in float32; ZeRO-3 gathers up to 1e9 elements.
     """
-    if setting.ranks == 1 or setting.held == "ddp":
+    if setting.ranks == 1:
         return 0
+    if setting.held == "ddp":
+        return 4 * (shape.parameters if setting.adapters is None else setting.adapters)
     element = ELEMENT[setting.arithmetic]
     if setting.held == "fsdp":
         return element * (2 * shape.layer + 2 * shape.head) + 4 * shape.layer

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -176,6 +181,17 @@ def settle_attention(policy: PreTrainedModel, attention: str, source: str) -> No
     log.info("Rows of %s are padded: %s.", type(policy).__name__, reason)
 
 
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """`set_attn_implementation`, in the copies of the configuration too that a model's parts hold
+    (`rlzoo.models.noise`)."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig) and config._attn_implementation == before:
+            config._attn_implementation = name
+
+
 @torch.no_grad()
 def why_not(policy: PreTrainedModel) -> str | None:
     """Why a model's rows cannot be packed; None once they are."""
@@ -189,13 +205,13 @@ def why_not(policy: PreTrainedModel) -> str | None:
     pairs = zip(rows, lengths, strict=True)
     padded = [rlzoo_logprobs(policy, row[None], "")[:n] for row, n in pairs]
     try:
-        policy.set_attn_implementation(PACKED)
+        set_attention(policy, PACKED)
         hidden = packed_hidden(policy, rows, lengths)
         logits = transform_of(policy)(policy.get_output_embeddings()(hidden).float())
     except Exception as error:  # a family's code may raise anything
-        policy.set_attn_implementation(before)
+        set_attention(policy, before)
         return f"{type(error).__name__}: {one_line(error)[:200]}"
     if not gap(policy, logits.log_softmax(-1), torch.cat(padded)) <= 1:
-        policy.set_attn_implementation(before)
+        set_attention(policy, before)
         return "its log-probs are then others, so that rows see each other"
     return None

@@ -54,7 +54,14 @@ WINDOW = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 
 
 
 @pytest.mark.parametrize(
-    "family, changes", [("llama", {}), ("qwen2", WINDOW), ("gemma3_text", {"sliding_window": 6})]
+    "family, changes",
+    [
+        ("llama", {}),
+        ("qwen2", WINDOW),
+        ("gemma3_text", {"sliding_window": 6}),
+        ("llama", {"attention_dropout": 0.1}),  # which the parts have in a copy, as 0
+        ("gpt2", {"attn_pdrop": 0.1, "resid_pdrop": 0.1}),
+    ],
 )
 def test_families_are_packed_if_they_can_be(tmp_path, family, changes):
     """With windows of six tokens too, which the longest rows reach beyond."""
