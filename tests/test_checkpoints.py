@@ -98,3 +98,34 @@ def test_what_is_no_checkpoint_of_this_format_is_refused(tmp_path):
         kind_of(tmp_path)
     with pytest.raises(UserError, match="init_from"):
         saved_by({"callbacks": {"Checkpoint": {"format": 1}}})
+
+
+def judged(checkpoint: Checkpoint, step: int, score: float) -> None:
+    """A boundary at which no checkpoint is due."""
+    weights = f"weights_{step:06d}.ckpt"
+    if checkpoint.ranked(score, weights):
+        (checkpoint.folder / weights).write_text(str(step))
+        checkpoint.point_to_best()
+
+
+def test_the_best_that_a_checkpoint_names_is_there_when_a_killed_run_goes_on_from_it(tmp_path):
+    checkpoint = Checkpoint(str(tmp_path))
+    boundary(checkpoint, 8, 0.5)
+    best = list(checkpoint.best)
+    judged(checkpoint, 12, 0.6)  # killed after it
+    resumed = Checkpoint(str(tmp_path))
+    resumed.best = best
+    resumed.point_to_best()
+    boundary(resumed, 16, 0.1)
+    assert (resumed.folder / "best.ckpt").read_text() == "8"
+    assert names(resumed) == ["step_000016.ckpt", "weights_000008.ckpt"]
+
+
+def test_a_thread_that_is_late_leaves_the_best_since_then(tmp_path):
+    checkpoint = Checkpoint(str(tmp_path))
+    boundary(checkpoint, 8, 0.5)
+    (checkpoint.folder / "step_000010.ckpt.partial").write_text("10")
+    checkpoint.kept["step_000010.ckpt"] = ["weights_000008.ckpt"]
+    judged(checkpoint, 12, 0.6)
+    checkpoint.publish(checkpoint.folder / "step_000010.ckpt.partial")
+    assert (checkpoint.folder / "best.ckpt").read_text() == "12"
