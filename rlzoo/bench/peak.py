@@ -1,6 +1,6 @@
 """Bytes of tensors in an update on this CPU, against the forecast of `rlzoo.models.memory`.
 
-    python -m rlzoo.bench peak [--shape 25m] [--tokens 2048]
+    python -m rlzoo.bench peak [--shape 25m] [--tokens 1024]
 
 A GRPO update (PPO's with `ppo`) of three microbatches under Lightning's Trainer, the second of two,
 so that Adam's states are there. Every storage that lives is counted, each once; what a kernel takes
@@ -175,7 +175,7 @@ def measured(case: Case, folder: str, tokens: int) -> tuple[int, dict[str, float
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m rlzoo.bench peak")
     parser.add_argument("--shape", default="25m", choices=SHAPES, help="of the policy")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a microbatch")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a microbatch")
     parser.add_argument("--cases", nargs="*", choices=[*CASES], default=[*CASES])
     arguments = parser.parse_args(argv)
     for name in ("lightning.pytorch", "transformers"):
