@@ -167,12 +167,14 @@ def timed(engine: TransformersEngine) -> Iterator[dict[str, float]]:
         handle.remove()
 
 
-def peak(run: Callable[[], object]) -> int:
-    """Bytes of tensors that a run makes and holds at once."""
+def peak(run: Callable[[], object], model: nn.Module) -> int:
+    """Bytes of tensors that a run of a model makes and holds at once."""
     live = Live()
+    live.look_at([*model.parameters(), *model.buffers()])
+    before = live.now
     with live:
         run()
-    return live.peak
+    return live.peak - before
 
 
 def main(argv: list[str]) -> None:
@@ -203,8 +205,8 @@ def main(argv: list[str]) -> None:
     result = figures("tokens_per_second_ratio", ratio(seconds["generate"], seconds["engine"]))
     result |= {
         "outside_share": round((parts["draw"] + parts["rest"]) / found["all"], 4),
-        "peak_bytes": peak(sides.draw),
-        "generate_peak_bytes": peak(sides.generate),
+        "peak_bytes": peak(sides.draw, sides.engine.model),
+        "generate_peak_bytes": peak(sides.generate, sides.model),
         "steps": found["steps"],
         "step_ms": round(1e3 * found["all"] / found["steps"], 2),
     }
