@@ -41,7 +41,7 @@ def entropy_and_kl_to_start(run_dir: Path) -> dict[str, float]:
         tokenizer.pad_token_id,
     )
     engine.load_weights(final.named_parameters(), 0)
-    requests = [Request(p.token_ids, (response_seed(0, "eval", 0, 0, p.id, 0),)) for p in prompts]
+    requests = [Request(p.token_ids, (response_seed(0, "val", 0, 0, p.id, 0),)) for p in prompts]
     params = SamplingParams(size.temperature, size.max_response_tokens)
     drawn = [response for (response,) in engine.generate(requests, params, 0)]
     pairs = zip(prompts, drawn, strict=True)

@@ -3,6 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlzoo.bench._live_tensors import LiveTensors
+from rlzoo.models import logprobs
 from rlzoo.models.gradnorms import head_gradient_norms
 from rlzoo.models.logits import PLAIN, LogitTransform
 from rlzoo.models.logprobs import response_scores, token_scores
@@ -43,11 +44,12 @@ def plain_scores(hidden, head, tokens, temperature, entropy_gradient, transform)
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("transform", [PLAIN, LogitTransform(0.5), LogitTransform(0.5, 3.0)])
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen, kept", [(False, 0), (False, 1000), (True, 1000)])
 def test_tiles_change_neither_scores_nor_gradients(
-    elements, temperature, entropy_gradient, transform, precision, frozen, monkeypatch
+    elements, temperature, entropy_gradient, transform, precision, frozen, kept, monkeypatch
 ):
     monkeypatch.setitem(TILE_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", kept)
     draw = torch.Generator().manual_seed(3)
     head = torch.nn.Linear(8, 40, bias=precision != "bfloat16")
     head.weight.data = torch.randn(40, 8, generator=draw)
@@ -66,8 +68,9 @@ def test_tiles_change_neither_scores_nor_gradients(
         assert (found - expected).norm() <= rounding * expected.norm()
 
 
-def test_neither_logits_nor_their_gradient_stand_whole():
-    """Of the largest tensors the head's gradient is one; [tokens, V] would be ten times that."""
+def test_neither_logits_nor_their_gradient_stand_whole(monkeypatch):
+    """Where they are more than may be kept. Of the largest tensors the head's gradient is one; [tokens, V] would be ten times that."""
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 100 * 50_000 - 1)
     head, hidden = torch.nn.Linear(8, 50_000), torch.randn(100, 8, requires_grad=True)
     tokens = torch.randint(50_000, (100,))
     with LiveTensors() as live:
@@ -81,8 +84,11 @@ def test_neither_logits_nor_their_gradient_stand_whole():
     assert live.largest <= tile and live.peak <= 4 * tile
 
 
-@pytest.mark.parametrize("frozen, products", [(True, 2), (False, 4)])
-def test_logits_are_made_again_for_the_heads_gradient_alone(frozen, products):
+@pytest.mark.parametrize(
+    "frozen, kept, products", [(True, 0, 2), (False, 999, 4), (False, 1000, 3)]
+)
+def test_logits_are_made_again_for_the_heads_gradient_alone(frozen, kept, products, monkeypatch):
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", kept)
     head, hidden = torch.nn.Linear(8, 40, bias=False), torch.randn(25, 8, requires_grad=True)
     head.requires_grad_(not frozen)
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}

@@ -37,8 +37,12 @@ class Decoder(Protocol):
             parts: decoders, each with the numbers of its rows, of which one may come twice.
         """
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Adds a token, [R], to each row: hidden states [R, D] that predict the next one."""
+    def step(self, tokens: Tensor, going: Tensor) -> Tensor:
+        """Adds a token, [R], to each row: hidden states [R, D] that predict the next one.
+
+        Args:
+            going: [R] bool; the others have ended, grow no more, and what they give is nothing.
+        """
 
 
 class CachedDecoder:
@@ -78,13 +82,13 @@ class CachedDecoder:
         self.mask = torch.arange(self.cache.capacity, device=self.device) >= starts[:, None]
         self.blocks = attention.blocks_of(starts.tolist(), max(columns))
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, going: Tensor) -> Tensor:
         if self.cache.length == self.cache.capacity:
             self.join((self, torch.arange(len(tokens), device=self.device)))
         mask = self.mask[:, : self.cache.length + 1]
         blocks = {"row_blocks": self.blocks} if self.in_blocks else {}
         hidden = self._hidden(tokens[:, None], mask, self.lengths[:, None], **blocks)
-        self.lengths = self.lengths + 1
+        self.lengths = self.lengths + going
         return hidden
 
     def _hidden(self, ids: Tensor, mask: Tensor, positions: Tensor, **further: Any) -> Tensor:
@@ -125,12 +129,12 @@ class RecomputingDecoder:
         self.ids = torch.cat([self._filled(d.ids[rows, :width], width) for d, rows in parts])
         self.lengths = lengths
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, going: Tensor) -> Tensor:
         width = int(self.lengths.max()) + 1
         if width > self.ids.shape[1]:
             self.ids = self._filled(self.ids, width + LEAST_SPARE)
         self.ids[torch.arange(len(tokens), device=self.device), self.lengths] = tokens
-        self.lengths = self.lengths + 1
+        self.lengths = self.lengths + going
         return self._hidden()
 
     def _filled(self, ids: Tensor, width: int) -> Tensor:
@@ -180,7 +184,7 @@ def cache_agrees(model: PreTrainedModel, pad_token_id: int) -> bool:
         for parts in ([(fresh, [1, 0, 0])], [(decoder, [2, 0]), (fresh, [0])]):
             decoder.join(*((d, torch.tensor(rows, device=ids.device)) for d, rows in parts))
             at = decoder.lengths
-            found += [*decoder.step(ids[0, at])]
+            found += [*decoder.step(ids[0, at], torch.ones_like(at, dtype=torch.bool))]
             wanted += at.tolist()
     except Exception as error:
         log.info("A key-value cache does not work for %s: %r", type(model).__name__, error)

@@ -214,7 +214,7 @@ class TransformersEngine:
                 if new:
                     yield from self._draw(torch.cat(states), begun, rows, params)
             if rows.num_going:
-                hidden = decoder.step(rows.last)
+                hidden = decoder.step(rows.last, rows.going)
                 going = rows.which_go()
                 yield from self._draw(hidden[going], going, rows, params)
 

@@ -14,6 +14,7 @@ from rlzoo.models.gather import as_forward, through
 from rlzoo.models.logits import PLAIN, LogitTransform, backbone_of, transform_of
 from rlzoo.models.packed import is_packed, packed_hidden
 from rlzoo.models.tiles import (
+    KEPT_ELEMENTS,
     Head,
     Places,
     add_product,
@@ -63,8 +64,9 @@ def token_scores(
 class Scored(torch.autograd.Function):
     """Log-prob and entropy of each token, [M] float32.
 
-    The backward walk makes each tile of logits again: four matrix products where whole logits take
-    three. Under a frozen head (LoRA) the gradient of each log-prob by its hidden state is known
+    The backward walk makes each tile of logits again, four matrix products where whole logits take
+    three, unless all of them are `KEPT_ELEMENTS` at most, which the forward walk keeps. Under a
+    frozen head (LoRA) the gradient of each log-prob by its hidden state is known
     without the loss, and comes out of the forward walk: two products, as with whole logits. Sums of
     gradients are float32, those of the head rounded once to its weight's dtype.
     """
@@ -82,11 +84,13 @@ class Scored(torch.autograd.Function):
         head = Head(weight, bias, *settings)
         by_hidden, by_weight, by_bias = ctx.needs_input_grad[:3]
         ctx.known = by_hidden and not (by_weight or by_bias or entropy_gradient)
+        small = len(tokens) * len(weight) <= KEPT_ELEMENTS
+        ctx.tiles = [] if small and by_hidden and not ctx.known else None
         with full_precision(hidden):
             if ctx.known:
                 found, gradient = hidden_gradient(hidden.to(head.dtype), head, tokens)
             else:
-                found = softmax_of(hidden.to(head.dtype), head, tokens)
+                found = softmax_of(hidden.to(head.dtype), head, tokens, kept=ctx.tiles)
         log_norm, entropy = found.log_norm, found.entropy
         if ctx.known:
             ctx.save_for_backward(gradient)
@@ -106,6 +110,7 @@ class Scored(torch.autograd.Function):
         hidden, weight, bias, tokens, log_norm, entropy = ctx.saved_tensors
         head, blocks = Head(weight, bias, *ctx.settings), square_blocks(tokens)
         states = hidden.to(head.dtype)
+        tiles, ctx.tiles = iter(ctx.tiles or ()), None  # overwritten below; another walk makes them
         of_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
@@ -113,7 +118,8 @@ class Scored(torch.autograd.Function):
             for columns, part in head.parts(blocks):
                 weight_sum = torch.zeros_like(part.weight, dtype=torch.float32)
                 for rows in blocks:
-                    logits, places = part.logits(states[rows]), Places.of(tokens[rows], columns)
+                    kept, places = next(tiles, None), Places.of(tokens[rows], columns)
+                    logits = part.logits(states[rows]) if kept is None else kept
                     given = [log_norm[rows], of_logprobs[rows]]
                     if ctx.entropy_gradient:
                         given += [of_entropy[rows], entropy[rows]]

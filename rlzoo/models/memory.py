@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rlzoo.models.tiles import TILE_ELEMENTS
+from rlzoo.models.tiles import KEPT_ELEMENTS, TILE_ELEMENTS
 
 Arithmetic = Literal["float32", "autocast", "half"]
 Held = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]  # what ranks share; one alone is as ddp
@@ -201,7 +201,9 @@ def head(shape: Shape, setting: Setting, tokens: int) -> float:
     states_ = tokens * shape.width * (4 + element)
     weight = 2 if setting.arithmetic == "half" else 4
     gradient = 0 if setting.adapters is not None else weight * shape.head
-    return TILES * TILE[setting.device] + states_ + gradient
+    logits = tokens * shape.vocabulary
+    kept = 4 * logits if logits <= KEPT_ELEMENTS and setting.adapters is None else 0
+    return TILES * TILE[setting.device] + states_ + gradient + kept
 
 
 def exchange(shape: Shape, setting: Setting) -> float:

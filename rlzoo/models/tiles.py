@@ -2,7 +2,7 @@
 
 A tile holds the logits of some tokens for a part of the vocabulary. One walk over all of them gives
 normalizer and entropy of each token, by a softmax that runs along (arXiv:1805.02867). Whoever needs
-a tile again, for a gradient, makes it again.
+a tile again, for a gradient, makes it again, unless all of them together are small.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rlzoo.models.logits import PLAIN, LogitTransform
 
 # elements of float32: 8 MiB stay in a CPU's cache, 256 MiB keep a GPU busy
 TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+KEPT_ELEMENTS = 2**26  # of all logits, up to which tiles are kept for the backward walk: 256 MiB
 
 
 class Head(NamedTuple):
@@ -181,7 +182,11 @@ class RunningSoftmax:
 
 
 def softmax_of(
-    hidden: Tensor, head: Head, tokens: Tensor, others_mean: Tensor | None = None
+    hidden: Tensor,
+    head: Head,
+    tokens: Tensor,
+    others_mean: Tensor | None = None,
+    kept: list[Tensor] | None = None,
 ) -> RunningSoftmax:
     """One walk.
 
@@ -190,11 +195,14 @@ def softmax_of(
         tokens: [M].
         others_mean: [M, D] zeros, if wanted: becomes the sum, over all places but the token's own,
             of probability times slope times the head's row.
+        kept: gets the logits of every tile, in the order of the walk.
     """
     running, blocks = RunningSoftmax(tokens), square_blocks(tokens)
     for columns, part in head.parts(blocks):
         for rows in blocks:
             logits = part.logits(hidden[rows])
+            if kept is not None:
+                kept.append(logits.clone())
             slope = 1.0 if others_mean is None else part.slope(logits)
             weights, decay = running.add(rows, logits, Places.of(tokens[rows], columns))
             if others_mean is not None:

@@ -2,6 +2,7 @@ import types
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlzoo.engines import attention, transformers
@@ -158,7 +159,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, ...]], list[i
     prompts, steps = [], []
     prefill, step = CachedDecoder.prefill, CachedDecoder.step
     monkeypatch.setattr(CachedDecoder, "prefill", lambda d, p: prompts.extend(p) or prefill(d, p))
-    monkeypatch.setattr(CachedDecoder, "step", lambda d, t: steps.append(len(t)) or step(d, t))
+    monkeypatch.setattr(
+        CachedDecoder, "step", lambda d, t, g: steps.append(len(t)) or step(d, t, g)
+    )
     return prompts, steps
 
 
@@ -294,3 +297,53 @@ def test_the_copy_computes_in_the_trainers_precision(precision, dtype):
         [(s[: len(r.token_ids)] - r.logprobs).abs() for s, r in zip(scores, group, strict=True)]
     )
     assert gaps.mean() < (0.05 if dtype == "bfloat16" else 1e-5)
+
+
+def learned_positions() -> GPT2LMHeadModel:
+    """With as many as the longest prompt and response have tokens."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, bos_token_id=0, eos_token_id=1, **sizes))
+
+
+def stretched_positions() -> Phi3ForCausalLM:
+    """Whose frequencies are others beyond 64 tokens, for all rows of a pass."""
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+        initializer_range=0.12,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 8,
+            "long_factor": [8.0] * 8,
+        },
+    )
+    return Phi3ForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [learned_positions, stretched_positions])
+def test_rows_that_have_ended_take_no_place_beyond_the_limit(make):
+    """They stay in the batch for a while, beside rows that were begun later."""
+    engine = TransformersEngine(lambda: make().eval(), [1], 0, max_rows=16, device="cpu")
+    engine.version = 0
+    prompt = tuple(range(2, 34))
+    wanted = [Request(prompt, tuple(range(8 * i, 8 * i + 8))) for i in range(16)]
+    drawn = engine.generate(wanted, SamplingParams(1.0, 32), 0)
+    responses = [response for group in drawn for response in group]
+    assert max(len(response.token_ids) for response in responses) == 32
+    ids = [[*prompt, *response.token_ids.tolist()] for response in responses]
+    for one, response in zip(ids, responses, strict=True):
+        (scored,) = engine.score([one])
+        torch.testing.assert_close(scored[31:], response.logprobs, rtol=1e-4, atol=1e-4)
