@@ -69,7 +69,7 @@ def test_tiles_change_neither_scores_nor_gradients(
 
 
 def test_neither_logits_nor_their_gradient_stand_whole(monkeypatch):
-    """Where they are more than may be kept. Of the largest tensors the head's gradient is one; [tokens, V] would be ten times that."""
+    """Where they are more than may be kept: [tokens, V] would be ten times the head's gradient."""
     monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 100 * 50_000 - 1)
     head, hidden = torch.nn.Linear(8, 50_000), torch.randn(100, 8, requires_grad=True)
     tokens = torch.randint(50_000, (100,))
