@@ -95,13 +95,14 @@ class RolloutLoop(Seam[RolloutDataModule, PolicyAlgorithm]):
         """The rollout step that was drawn beside the one before, or one that is drawn now; with
         `pipeline=one_step` the next is begun."""
         run, data = self.run, self.data
-        rollouts = run.ahead.take(data.train_prompts)
+        rollouts = run.ahead.take(data.train_prompts, self.algo.tis_cap is not None)
         if rollouts is None:
             rollouts = self.draw_now()
         data.step_drawn()
         run.rollouts = rollouts
-        if run.draws_ahead:
+        if run.draws_ahead or rollouts.lag:
             run.row["lag/updates"] = rollouts.lag
+        if run.draws_ahead:
             if data.epoch_in_progress() and run.goes_on(self.algo.updates_per_step):
                 run.ahead.begin(*data.next_prompts(), data.rollout_step)
         return rollouts

@@ -75,6 +75,9 @@ def test_a_run_that_is_stopped_and_goes_on_is_the_run_that_was_not(tmp_path, who
     warm.passed(tmp_path, *AHEAD, "limits.max_seconds=1e-3")  # the next step has been drawn
     (first,) = rows(tmp_path)
     assert (first["responses"], first["responses/ahead"]) == ("16", "16")
+    in_turn = ("engine=transformers", *EPOCHS, "ckpt_path=last", "resume=weights")
+    told = warm.refused(tmp_path, *in_turn)  # with pipeline=none, and nothing that weighs it
+    assert "was drawn 2 updates ago" in told and "Set algo.tis_cap=2.0" in told
     warm.passed(tmp_path, *AHEAD, "ckpt_path=last")
     paths = [run_dir / "checkpoints" / "last.ckpt" for run_dir in (whole, tmp_path)]
     ours, theirs = (torch.load(path, weights_only=True)["state_dict"] for path in paths)

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from rlzoo.data.draw import Drawer, Order, Share
+from rlzoo.errors import UserError
 from rlzoo.types import Prompt, Rollouts
 
 AHEAD = "ahead"  # the stream under which it is booked until it is trained on
@@ -43,11 +44,15 @@ class Ahead:
             mine = share.result()
         self._drawn = self.drawer.gather(order, mine)
 
-    def take(self, prompts: Sequence[Prompt]) -> Rollouts | None:
+    def take(self, prompts: Sequence[Prompt], corrected: bool) -> Rollouts | None:
         """What was drawn, to be trained on now; None if nothing was.
 
         Args:
             prompts: those of training, among which a checkpoint's are looked up.
+            corrected: whether what an older policy drew is weighed for it.
+
+        Raises:
+            UserError: it would not be.
         """
         if self._saved is not None:
             self._drawn, self._saved = restored(self._saved, prompts), None
@@ -56,6 +61,12 @@ class Ahead:
             ledger = self.drawer.ledger
             ledger.moved(AHEAD, "train", rollouts.lengths.tolist())
             rollouts.lag = ledger.updates - rollouts.policy_version
+            if rollouts.lag and not corrected:
+                raise UserError(
+                    f"The checkpoint holds a rollout step that was drawn {rollouts.lag} updates ago"
+                    " (pipeline=one_step), and algo.tis_cap=null would train on it as if it were"
+                    " the policy's own. Set algo.tis_cap=2.0."
+                )
         return rollouts
 
     def state_dict(self) -> dict[str, Any] | None:

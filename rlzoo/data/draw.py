@@ -20,6 +20,7 @@ from rlzoo.data.shares import Piece, share_out
 from rlzoo.engines.base import Engine, Request, Response, SamplingParams
 from rlzoo.errors import UserError
 from rlzoo.ranks.exchange import all_gather, world
+from rlzoo.ranks.whereabouts import HERE
 from rlzoo.report.ledger import Ledger
 from rlzoo.report.progress import Bars
 from rlzoo.rewards.base import Reward, Scores, Verdict
@@ -109,7 +110,7 @@ class Drawer:
         Args:
             beside: whether another thread is at work, whose seconds and bars are the run's.
         """
-        phase, bar = (nothing, nothing) if beside else (self.ledger.phase, self.bars.phase)
+        phase, bar = (nothing, unseen) if beside else (self.ledger.phase, self.bars.phase)
         wanted = [order.prompts[i] for i, start, stop in order.pieces for _ in range(start, stop)]
         with Feeder(self.reward, self._text, wanted, self._golds()) as feeder:
             began = time.perf_counter()
@@ -258,8 +259,14 @@ class Share(NamedTuple):
 
 
 @contextmanager
+def unseen(*_: object) -> Iterator[Callable[[int], None]]:
+    """A bar that is not shown; that things move on is known all the same."""
+    yield lambda n: HERE.moved()
+
+
+@contextmanager
 def nothing(*_: object) -> Iterator[Callable[[int], None]]:
-    """A phase or a bar of which nothing is booked or shown."""
+    """A phase of which nothing is booked."""
     yield lambda n: None
 
 

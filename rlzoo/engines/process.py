@@ -37,6 +37,7 @@ from rlzoo.values import AtLeast1, Precision, Threads
 
 ALIGNED = 64  # bytes; each tensor begins at a multiple, as if it had memory of its own
 
+CHECKSUM = "checksum"  # asks the process for its weights'
 END_SECONDS = 10.0  # that the process has to end by itself
 
 
@@ -98,8 +99,14 @@ class EngineProcess(TransformersEngine):
         self._draws = False
         return responses.groups()
 
-    def _receive(self) -> tuple[Any, ...] | None:
-        """The next response, None after the last; raises what the process raised."""
+    def checksum(self) -> int:
+        """Of what the other process draws with."""
+        self._connection.send(CHECKSUM)
+        found: int = self._receive()
+        return found
+
+    def _receive(self) -> Any:
+        """What the process says next; raises what it raised."""
         try:
             message = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
@@ -108,8 +115,7 @@ class EngineProcess(TransformersEngine):
             ) from error
         if isinstance(message, Exception):
             raise message
-        found: tuple[Any, ...] | None = message
-        return found
+        return message
 
     def close(self) -> None:
         if self._process is not None:
@@ -146,9 +152,13 @@ def serve(
 
     while True:
         try:
-            requests, params, engine.version = connection.recv()
+            asked = connection.recv()
         except EOFError:
             return
+        if asked == CHECKSUM:
+            connection.send(engine.checksum())
+            continue
+        requests, params, engine.version = asked
         try:
             engine.generate(requests, params, engine.version, tell)
         except BrokenPipeError:

@@ -77,6 +77,7 @@ RULES = (
     ("engine*.precision", "weights"),
     ("engine*.kv_cache_dtype", "weights"),
     ("engine*.options*", "weights"),
+    ("engine*max_rows", "rounding"),
     ("engine*", "free"),  # which engine it is, is compared once it is built
     ("strategy._target_", "free"),  # likewise, by what the checkpoint is
     ("strategy.stage", "free"),

@@ -39,8 +39,8 @@ class Reward(Protocol):
 
     One that takes `on_progress` is given, by that name, a function to call with the number scored
     so far. One that has `close()` has it called once, at the run's end. One that says
-    `by_response = True` scores each response by itself: it is called with a few at a time, from a
-    thread of its own, while others are still being drawn.
+    `by_response = True`, in the class that defines its `__call__`, scores each response by itself:
+    it is called with a few at a time, from a thread of its own, while others are still being drawn.
     `rlzoo.rewards.calling.RewardCaller` calls it so, and checks what it returns.
     """
 

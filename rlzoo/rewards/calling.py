@@ -47,7 +47,7 @@ class RewardCaller:
             )
         self.reward: Callable[..., Any] = reward
         self.takes_progress = takes_progress(reward)
-        self.by_response = bool(getattr(made, "by_response", False))
+        self.by_response = scores_singly(made)
         self.has_told: set[str] = set()
         self.unparsed_golds: list[str] = []
 
@@ -217,6 +217,13 @@ def make_reward(node: DictConfig) -> Reward:
             )
     reward: Reward = instantiate(node, _partial_=True) if is_function else instantiate(node)
     return reward
+
+
+def scores_singly(reward: object) -> bool:
+    """Whether a reward says `by_response = True` where its `__call__` is defined, or on itself: a
+    subclass with another `__call__` may look at all responses of a draw."""
+    owner = next((kind for kind in type(reward).__mro__ if "__call__" in vars(kind)), type(reward))
+    return any(bool(getattr(x, "__dict__", {}).get("by_response")) for x in (reward, owner))
 
 
 def takes_progress(reward: Callable[..., Any]) -> bool:

@@ -13,6 +13,7 @@ from rlzoo.models.policy import load_tokenizer
 from rlzoo.report.ledger import Ledger
 from rlzoo.report.progress import Bars
 from rlzoo.rewards.base import Scores, Verdict
+from rlzoo.rewards.calling import RewardCaller
 from rlzoo.rewards.verifier import MathReward
 from rlzoo.types import Prompt, Rollouts
 
@@ -156,3 +157,19 @@ def test_the_verifier_says_of_each_response_what_it_says_of_all_together():
     assert together.verdicts.tolist() == [1, 0, int(Verdict.UNVERIFIABLE), 1]
     for name in Scores._fields:
         assert torch.equal(getattr(together, name), torch.cat([getattr(s, name) for s in alone]))
+
+
+class Ranked(MathReward):
+    """Looks at all responses of a draw, so that parts of it would be worth something else."""
+
+    def __call__(self, prompts, texts, truncated):
+        return [1.0 / len(texts)] * len(texts)
+
+
+def test_a_subclass_with_a_call_of_its_own_is_given_all_at_once_unless_it_says_otherwise():
+    ranked = Ranked()
+    try:
+        assert not RewardCaller(ranked).by_response
+        assert draw(ranked).rewards.tolist() == pytest.approx([1 / 12] * 12)
+    finally:
+        ranked.close()
