@@ -34,7 +34,8 @@ ONE_STEP = ("limits.max_responses=16", "data.num_val=1", "datamodule.val_respons
 
 
 def test_a_trainer_in_bfloat16_beside_an_engine_in_float32_is_told_so(tmp_path):
-    options = ("trainer.precision=bf16-mixed", "engine=transformers", "doctor=true")
+    engine = ("engine=transformers", "engine.precision=32-true")
+    options = ("trainer.precision=bf16-mixed", *engine, "doctor=true")
     told = warm.passed(tmp_path / "run", *ONE_STEP, *options)
     assert (
         "Likely cause: precision: the trainer computes in bfloat16, the engine in float32" in told

@@ -149,7 +149,6 @@ class TransformersEngine:
         self.model = without_lora(policy)().eval().to(self.device).requires_grad_(False)
         self.stop_ids = torch.tensor(sorted(eos_token_ids), device=self.device)
         check_placed(self.model)
-        self.transform = transform_of(self.model)
         self.decoder = choose_decoder(self.model, pad_token_id)  # before any rounding
         if dtype := DTYPES.get(str(precision).partition("-")[0]):
             for parameter in self.model.parameters():  # not buffers: see `float_buffers`
@@ -225,7 +224,7 @@ class TransformersEngine:
         noise, head = rows.next_noise(which), self.model.get_output_embeddings()
         at_once, drawn = max(1, LOGITS // vocabulary_size(head)), []
         for states, uniforms in zip(hidden.split(at_once), noise.split(at_once), strict=True):
-            logits = self.transform(head(states).float())  # [G, V]
+            logits = transform_of(self.model)(head(states).float())  # [G, V]
             some = max(1, DRAWN.get(self.device.type, LOGITS) // logits.shape[1])
             pieces = zip(logits.split(some), uniforms.split(some), strict=True)
             drawn += [draw(piece, noise, params) for piece, noise in pieces]

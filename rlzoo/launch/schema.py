@@ -118,7 +118,8 @@ def check_settings(cfg: DictConfig) -> None:
         elif isinstance(found.value, str) and found.value.startswith("~") and is_path(annotation):
             OmegaConf.update(cfg, found.key, expanduser(found.value))
     names = set(all_keys(cfg)) & RENAMED.keys()
-    problems = {**later, **{key: f"{RENAMED[key]}." for key in names}, **problems}
+    names -= {key for key in problems if key.startswith("trainer.")}  # of Lightning's, told above
+    problems = {**later, **problems, **{key: f"{RENAMED[key]}." for key in names}}
     if not problems:
         problems = trial(cfg)
     if problems:

@@ -54,7 +54,7 @@ def test_a_run_trains_resumes_and_exports_another_family(family, options, tmp_pa
 def test_what_does_not_fit_is_told_before_anything_is_drawn(tmp_path):
     short = directory(tmp_path, "gpt2", max_position_embeddings=100)
     said = warm.refused(tmp_path / "1", "model=hf", f"model.path={short}", "engine=transformers")
-    assert "datamodule.max_prompt_tokens=128" in said and "at most 100 tokens" in said
+    assert "datamodule.max_prompt_tokens=1024" in said and "at most 100 tokens" in said
     headless = directory(tmp_path, "llama")
     weights = headless / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
