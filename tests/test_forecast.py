@@ -20,7 +20,7 @@ from transformers import (
 from rlzoo.bench._live import Live
 from rlzoo.engines.shapes import empty_model
 from rlzoo.errors import UserError
-from rlzoo.launch import forecast
+from rlzoo.launch import facts, fitting, forecast
 from rlzoo.launch.forecast import Forecast
 from rlzoo.models import memory
 from rlzoo.models.memory import saved_by_layer, shape_of
@@ -70,7 +70,7 @@ def large() -> dict[str, PreTrainedModel]:
 
 def foreseen(model: PreTrainedModel, *overrides: str, total: float = GPU) -> Forecast:
     cfg: DictConfig = compose("model=hf", "model.path=somewhere", *overrides)
-    return forecast.forecast(forecast.facts_of(cfg, model, total, vllm=forecast.on_gpu(cfg)))
+    return forecast.forecast(facts.facts_of(cfg, model, total, vllm=facts.on_gpu(cfg)))
 
 
 # --- formulas against tensors --------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_what_lives_is_counted_once_and_until_it_is_freed():
 def test_a_microbatch_is_as_large_as_fits_and_holds_the_longest_sequence(large):
     gpus = ("trainer=gpu8", "strategy=deepspeed_zero2")
     found = foreseen(large["7B"], *gpus)
-    room = forecast.usable(found.facts) + forecast.CONTEXT["cuda"]
+    room = forecast.countable(found.facts)
     assert found.tokens % 1024 == 0 and 4096 < found.tokens <= 65_536
     assert found.phases["training"] <= room
     more = foreseen(large["7B"], *gpus, f"algo.tokens_per_microbatch={found.tokens + 1024}")
@@ -177,7 +177,7 @@ def test_a_microbatch_is_as_large_as_fits_and_holds_the_longest_sequence(large):
     longest = foreseen(large["7B"], "trainer=gpu", total=20e9)  # fits not at all
     assert longest.tokens == 1024 + 3072
     with pytest.raises(UserError):
-        forecast.check(longest)
+        fitting.check(longest)
 
 
 def test_the_engine_gets_what_the_trainer_leaves(large):
@@ -185,14 +185,12 @@ def test_the_engine_gets_what_the_trainer_leaves(large):
     ppo = foreseen(large["1.5B"], "trainer=gpu", "algo=ppo")
     assert one.share is not None and ppo.share is not None and ppo.share < one.share
     for found in (one, ppo):
-        forecast.check(found)
-        assert (
-            sum(found.syncing.values()) <= forecast.usable(found.facts) + forecast.CONTEXT["cuda"]
-        )
+        fitting.check(found)
+        assert sum(found.syncing.values()) <= forecast.countable(found.facts)
     awake = foreseen(large["1.5B"], "trainer=gpu", "engine.vllm.sleep_level=0")
     assert awake.share is not None and awake.share < one.share
     assert awake.training["engine"] == awake.share * GPU and one.training["engine"] == 0
-    forecast.check(awake)
+    fitting.check(awake)
 
 
 def test_the_reference_and_the_critic_count(large):
@@ -238,6 +236,19 @@ REFUSED = {
         "engine.gpu_memory_share=0.1 is 8.5 GB, but the engine needs",
         "Raise it to",
     ],
+    (
+        "70B",
+        "trainer=gpu8",
+        "trainer.num_nodes=8",
+        "strategy=deepspeed_zero3",
+    ): ["Sampling does not fit: the engine needs 145.", "engine.vllm.tensor_parallel=8"],
+    (
+        "1.5B",
+        "trainer=gpu",
+        "model.gradient_checkpointing=false",
+        "algo.tokens_per_microbatch=1024",
+        "datamodule.max_response_tokens=16384",
+    ): ["An update does not fit", "gradient_checkpointing=true"],
 }
 
 
@@ -245,7 +256,7 @@ REFUSED = {
 def test_what_cannot_fit_is_refused_with_the_number_and_what_would(given, large):
     name, *overrides = given
     with pytest.raises(UserError) as refused:
-        forecast.check(foreseen(large[name], *overrides))
+        fitting.check(foreseen(large[name], *overrides))
     for words in REFUSED[given]:
         assert words in str(refused.value), str(refused.value)
 
@@ -257,17 +268,109 @@ def test_rows_are_as_many_as_fit_at_their_longest(large):
     room = forecast.usable(found.facts) - sum(found.sampling.values()) + 0.7e9
     assert 0 <= room < engine.row + 4 * found.facts.shape.largest
     many = "engine.transformers.max_rows=4096"
-    with pytest.raises(UserError, match="engine.max_rows=auto"):
-        forecast.check(foreseen(large["1.5B"], many, total=100e9))
+    with pytest.raises(UserError, match="engine.transformers.max_rows=auto"):
+        fitting.check(foreseen(large["1.5B"], many, total=100e9))
+
+
+def test_a_share_is_not_offered_that_the_trainer_leaves_no_room_for(large):
+    nodes = ("trainer=gpu8", "trainer.num_nodes=8", "strategy=deepspeed_zero3")
+    given = ("engine=vllm", "engine.gpu_memory_share=0.5")
+    with pytest.raises(UserError) as refused:
+        fitting.check(foreseen(large["70B"], *nodes, *given))
+    assert "Raise it to" not in str(refused.value)
+    assert "engine.tensor_parallel=8 engine.gpu_memory_share=auto" in str(refused.value)
+
+
+def test_a_microbatch_has_room_for_the_longest_that_is_never_split(large):
+    small = ("trainer=gpu", "algo.tokens_per_microbatch=1024")
+    longer, as_long = (
+        foreseen(large["1.5B"], "trainer=gpu", f"algo.tokens_per_microbatch={n}")
+        for n in (1024, 4096)
+    )
+    assert longer.training == as_long.training and longer.tokens == 1024
+    assert "1,024 tokens, up to 4,096" in forecast.line(longer)
+    pairs = foreseen(large["1.5B"], *small, "algo=iterative_dpo")
+    assert pairs.largest == 2 * 4096
+
+
+def test_on_a_cpu_a_quarter_of_the_memory_is_left_free(large):
+    found = foreseen(large["1.5B"], total=100e9)
+    assert 0.7 * 100e9 < max(found.phases.values()) <= 0.75 * 100e9
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ("engine=transformers_process", "pipeline=one_step", "algo.tis_cap=2.0"),
+        ("engine=transformers", "engine.device=cpu"),
+    ],
+)
+def test_an_engine_on_the_cpu_takes_the_machine_s_memory_alone(engine, large, monkeypatch):
+    monkeypatch.setattr(facts, "machine_bytes", lambda: 64 * 10**9)
+    found = foreseen(large["1.5B"], "trainer=gpu", *engine)
+    one = found.facts.engine
+    assert not found.sampling and found.training["engine"] == 0
+    assert found.rows is not None and one.elsewhere is not None
+    assert 1 < found.rows < forecast.MOST_ROWS
+    assert 0 <= one.elsewhere - one.fixed - found.rows * one.row < one.row
+    assert one.elsewhere < 0.75 * 64e9
+
+
+@pytest.mark.parametrize(
+    ("given", "moments"),
+    [
+        ("torch.optim.SGD", 0),
+        ("bitsandbytes.optim.AdamW8bit", 2),
+        ("torch.optim.AdamW", 8),
+    ],
+)
+def test_an_optimizer_has_its_own_moments(given, moments, large):
+    gpu = ("trainer=gpu", f"algo.optimizer._target_={given}")
+    found = foreseen(large["1.5B"], *gpu)
+    assert found.training["optimizer"] == moments * found.facts.shape.parameters
+
+
+def test_nothing_is_refused_for_an_optimizer_that_is_unknown(large):
+    found = foreseen(large["7B"], "trainer=gpu", "algo.optimizer._target_=mine.Small")
+    fitting.check(found)
+    assert "as if AdamW's" in forecast.line(found)
+
+
+def test_64_true_is_twice_32_true(large):
+    fixed = "algo.tokens_per_microbatch=8192"
+    wide, plain = (
+        foreseen(large["1.5B"], fixed, f"trainer.precision={p}") for p in ("64-true", "32-true")
+    )
+    for part in ("weights", "gradients", "optimizer", "activations"):
+        assert wide.training[part] == 2 * plain.training[part]
+    assert wide.facts.engine.weights == 2 * plain.facts.engine.weights
+
+
+def test_rows_are_settled_for_the_engine_that_stands_in_for_vllm(large, monkeypatch):
+    monkeypatch.setattr(fitting, "empty_model", lambda *given: large["1.5B"])
+    monkeypatch.setattr(fitting, "load_config", lambda *given: None)
+    monkeypatch.setattr(fitting, "why_not_vllm", lambda: None)
+    monkeypatch.setattr(fitting, "device_bytes", lambda cfg: GPU)
+    cfg = compose("model=hf", "model.path=somewhere", "trainer=gpu")
+    found = fitting.settle(cfg)
+    assert cfg.engine.vllm.gpu_memory_share == found.share and found.rows is None
+    own = foreseen(large["1.5B"], "trainer=gpu", "engine=transformers")
+    assert cfg.engine.transformers.max_rows == own.rows and 1 < own.rows < 512
+
+
+def test_a_cpu_tells_its_largest_phase_alone(large):
+    found = foreseen(large["1.5B"], total=100e9)
+    told = forecast.compared(found, {"sampling": 5e9, "training": 60e9, "planning": 60.1e9})
+    assert "sampling 5.0 (" in told and "training" not in told and "planning" not in told
 
 
 def test_a_cpu_refuses_what_is_far_over_alone(large):
     rows = "engine.transformers.max_rows=1"
     near = foreseen(large["1.5B"], rows, total=40e9)
     assert max(near.phases.values()) > near.facts.total
-    forecast.check(near)
+    fitting.check(near)
     with pytest.raises(UserError, match="of the machine's memory"):
-        forecast.check(foreseen(large["1.5B"], rows, total=10e9))
+        fitting.check(foreseen(large["1.5B"], rows, total=10e9))
 
 
 # --- the pages' commands -------------------------------------------------------------------------
@@ -296,7 +399,7 @@ def test_every_command_of_the_pages_fits_gpus_of_80_gb(page, line, large):
     name = "70B" if nodes else "7B" if "gpu8" in line else "1.5B"
     given = [word for word in given if not word.startswith(("model.path=", "data.path="))]
     found = foreseen(large[name], *given)
-    forecast.check(found)
+    fitting.check(found)
     if page == "docs/scale.md":
         assert forecast.line(found) in (ROOT / page).read_text(), forecast.line(found)
 
@@ -319,7 +422,7 @@ def test_a_run_says_its_forecast_and_puts_what_was_measured_beside_it(tmp_path: 
 def test_only_what_says_auto_is_settled():
     cfg = compose("algo.tokens_per_microbatch=2048", "engine.transformers.max_rows=64")
     with contextlib.suppress(UserError):
-        forecast.settle(cfg)
+        fitting.settle(cfg)
     assert cfg.algo.tokens_per_microbatch == 2048
     assert cfg.engine.transformers.max_rows == 64
     assert cfg.engine.vllm.gpu_memory_share == "auto"  # there is no GPU to take a share of

@@ -44,6 +44,18 @@ IDLE = {
     ("callbacks.checkpoint.every_seconds=60.0",): "callbacks.checkpoint.every_seconds=60",
     ("sizes.val_every=4", *SFT): "sizes.val_every=4",
     ("sizes.max_solution_tokens=64",): "sizes.max_solution_tokens=64",
+    ("sizes.responses_per_step=64", *SFT): "sizes.responses_per_step=64",
+    (
+        "sizes.responses_per_step=64",
+        "datamodule.responses_per_step=16",
+    ): "datamodule.responses_per_step is set itself",
+    ("sizes.val_every=4", "val_every=2"): "sizes.val_every=4",
+    ("sizes.checkpoint_every=4", "callbacks.checkpoint.every=2"): "sizes.checkpoint_every=4",
+    ("sizes.max_responses=64", "limits.max_responses=32"): "sizes.max_responses=64",
+    ("sizes.prompts_per_epoch=64", "datamodule.prompts_per_epoch=32"): "sizes.prompts_per_epoch",
+    ("sizes.max_prompt_tokens=64", "datamodule.max_prompt_tokens=32"): "sizes.max_prompt_tokens",
+    ("sizes.max_response_tokens=9", "datamodule.max_response_tokens=8"): "sizes.max_response_tok",
+    ("sizes.on_too_long=drop", "datamodule.on_too_long=error"): "sizes.on_too_long=drop",
     ("engine=transformers", "callbacks.weight_sync.probe_tolerance=0.1"): "probe_tolerance=0.1",
     ("callbacks.weight_sync={check: never, probe_tolerance: 0.1}",): "probe_tolerance=0.1",
     ("engine=transformers", "engine.device=cpu", *SFT): "engine.device=cpu",
@@ -67,6 +79,8 @@ ACTING = [
     ("strategy=deepspeed_zero3", "strategy.persistence_threshold=10"),
     ("engine=vllm", "callbacks.weight_sync.probe_tolerance=0.1"),
     ("engine=auto", "engine.transformers.max_rows=8"),
+    ("sizes.responses_per_step=64", "sizes.max_response_tokens=64", "sizes.checkpoint_every=2"),
+    ("sizes.max_solution_tokens=64", "sizes.max_prompt_tokens=64", *SFT),
 ]
 
 

@@ -9,6 +9,8 @@ import torch
 from rlzoo.callbacks import Validation
 from rlzoo.callbacks.validation import SHARE
 from rlzoo.data.prompts import FilePrompts
+from rlzoo.errors import UserError
+from rlzoo.launch.idle import SIZES
 from rlzoo.launch.schema import check_settings
 from rlzoo.loop import RolloutLoop
 from tests import warm
@@ -69,6 +71,16 @@ def test_what_an_experiment_sets_wins_over_what_a_model_brings(tmp_path: Path):
 def test_one_size_set_for_all_reaches_the_keys_that_read_it():
     cfg = compose(*HF, "sizes.max_response_tokens=2048")
     assert cfg.datamodule.max_response_tokens == cfg.algo.max_response_tokens == 2048
+
+
+def test_a_model_that_brings_no_sizes_is_told_where_they_are():
+    for gone in ("~sizes", "~sizes.max_prompt_tokens"):
+        with pytest.raises(UserError, match="copy `sizes:` from conf/model/hf.yaml"):
+            sizes(*HF, gone)
+
+
+def test_every_size_has_its_key_in_the_refusal_of_idle_ones():
+    assert set(SIZES) == set(compose(*HF).sizes) == set(compose().sizes)
 
 
 # --- validation by its cost ----------------------------------------------------------------------

@@ -219,6 +219,22 @@ def did_you_mean(near: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
+def check_sizes(cfg: DictConfig) -> None:
+    """Whether the file of conf/model brings all sizes that are read.
+
+    Raises:
+        UserError: it does not, as those of before `sizes` were.
+    """
+    read = set(re.findall(r"\$\{sizes\.(\w+)\}", str(plain(cfg, resolve=False))))
+    lacking = sorted(read - set(map(str, cfg.get("sizes") or {})))
+    if lacking:
+        raise UserError(
+            f"The file of conf/model that model= names brings no sizes.{', sizes.'.join(lacking)}:"
+            " copy `sizes:` from conf/model/hf.yaml to it, with the line `# @package _global_`, or"
+            " give them here as +sizes.NAME=VALUE."
+        )
+
+
 def all_keys(config: DictConfig) -> Iterator[str]:
     """Every dotted key of `config`, nodes included; interpolations are not followed."""
 

@@ -68,6 +68,17 @@ def no_cuda(cfg: DictConfig) -> bool:
     return not torch.cuda.is_available()
 
 
+SIZES = {  # of conf/model, and the key that reads each
+    "prompts_per_epoch": "datamodule.prompts_per_epoch",
+    "responses_per_step": "datamodule.responses_per_step",
+    "max_prompt_tokens": "datamodule.max_prompt_tokens",
+    "max_response_tokens": "datamodule.max_response_tokens",
+    "max_solution_tokens": "datamodule.max_response_tokens of algo=sft",
+    "on_too_long": "datamodule.on_too_long",
+    "max_responses": "limits.max_responses",
+    "val_every": "val_every",
+    "checkpoint_every": "callbacks.checkpoint.every",
+}
 REFUSED = [
     Idle(
         "limits.max_responses limits.max_tokens",
@@ -89,16 +100,10 @@ REFUSED = [
         lambda cfg: cfg.resume != "exact" and cfg.ckpt_path is None,
         "nothing is resumed. Add ckpt_path=last.",
     ),
-    Idle(
-        "sizes.prompts_per_epoch sizes.responses_per_step sizes.max_response_tokens"
-        " sizes.max_responses sizes.val_every",
-        supervised,
-        "algo=sft draws and judges nothing.",
-    ),
-    Idle(
-        "sizes.max_solution_tokens",
-        lambda cfg: not supervised(cfg),
-        "algo=sft alone trains on written solutions.",
+    Idle("sizes.max_responses sizes.val_every", supervised, "algo=sft draws and judges nothing."),
+    *(
+        Idle(f"sizes.{name}", unread(f"sizes.{name}"), f"{key} is set itself, or not in this run.")
+        for name, key in SIZES.items()
     ),
     Idle("lr", unread("lr"), "no setting reads it. Is it algo.optimizer.lr?"),
     Idle("critic_lr", unread("critic_lr"), "no setting reads it: only algo=ppo has a critic."),

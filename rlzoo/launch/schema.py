@@ -24,7 +24,14 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rlzoo.errors import UserError, first_line
-from rlzoo.launch.configuration import RENAMED, all_keys, did_you_mean, near_matches, plain
+from rlzoo.launch.configuration import (
+    RENAMED,
+    all_keys,
+    check_sizes,
+    did_you_mean,
+    near_matches,
+    plain,
+)
 from rlzoo.launch.targets import is_kind, target_of
 from rlzoo.report.ledger import Limits
 from rlzoo.values import (
@@ -101,6 +108,7 @@ def check_settings(cfg: DictConfig) -> None:
             message for all of them.
     """
     fill_in(cfg)
+    check_sizes(cfg)
     problems: dict[str, str] = {}  # by key, so that one that many read is named once
     later: dict[str, str] = {}
     for key, annotation in expected(cfg, problems):

@@ -30,7 +30,8 @@ from rlzoo.data.sft import SFTDataModule
 from rlzoo.engines.shapes import empty_model, expected_shapes
 from rlzoo.errors import UserError
 from rlzoo.export import write as write_policy
-from rlzoo.launch import forecast
+from rlzoo.launch import fitting, forecast
+from rlzoo.launch.facts import on_gpu
 from rlzoo.launch.idle import check_idle, check_idle_options
 from rlzoo.launch.preflight import check_parts, check_pipeline
 from rlzoo.launch.processes import cluster_plugins, is_first, log_name
@@ -82,7 +83,7 @@ def train(cfg: DictConfig) -> None:
 
 def train_in(run_dir: Path, cfg: DictConfig) -> None:
     """`train`, in a directory that is this run's alone."""
-    foreseen = forecast.settle(cfg)
+    foreseen = fitting.settle(cfg)
     checkpoint, state = find_checkpoint(cfg.ckpt_path, run_dir)
     exact, before, bars = cfg.resume == "exact", None, Bars(enabled=is_first())
     if checkpoint is not None and state is not None:
@@ -100,7 +101,7 @@ def train_in(run_dir: Path, cfg: DictConfig) -> None:
     if checkpoint is not None and state is not None and not exact:
         loop.algo.restored_weights = partial(whole_weights, checkpoint)
         callbacks.insert(0, Restore(state, data))
-    run.ledger.peaks = Peaks(forecast.on_gpu(cfg))
+    run.ledger.peaks = Peaks(on_gpu(cfg))
     if is_first():
         log.info(forecast.line(foreseen))
         loop.measured = partial(tell_memory, foreseen, run_dir, bars)

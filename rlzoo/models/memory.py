@@ -70,6 +70,8 @@ class Setting(NamedTuple):
     reference: bool = False  # a frozen copy of the policy
     offload: bool = False  # ZeRO's states in host memory
     fused: bool = True  # the optimizer makes no temporaries
+    moments: int = 8  # bytes a parameter that the optimizer keeps; 8 of AdamW
+    wide: int = 1  # 2 for 64-true: all of float32 twice
     device: Literal["cpu", "cuda"] = "cuda"
 
 
@@ -110,12 +112,14 @@ def shape_of(config: PretrainedConfig, model: PreTrainedModel) -> Shape:
     )
 
 
-def states(held: Held, parameters: int, ranks: int, half: bool) -> dict[str, float]:
-    """Weights, complete gradients and AdamW's states (arXiv:1910.02054 section 3.1).
+def states(
+    held: Held, parameters: int, ranks: int, half: bool, moments: int = 8
+) -> dict[str, float]:
+    """Weights, complete gradients and an optimizer's states (arXiv:1910.02054 section 3.1).
 
     For P parameters on N ranks, with w and g bytes of an element:
 
-    | | weights | gradients | Adam's moments | DeepSpeed's float32 copy |
+    | | weights | gradients | AdamW's moments | DeepSpeed's float32 copy |
     |---|---|---|---|---|
     | ddp | w P | g P | 8 P | none |
     | zero1 | w P | g P / N | 8 P / N | 4 P / N |
@@ -135,9 +139,9 @@ def states(held: Held, parameters: int, ranks: int, half: bool) -> dict[str, flo
     elif held in ("zero1", "zero2"):
         share["weights"] = parameters
     element = 2 if half and held.startswith("zero") else 4
-    moments = 12 if held.startswith("zero") else 8
+    kept = moments + (4 if held.startswith("zero") else 0)
     gradient = element if held == "zero1" else 4  # the others add microbatches up in float32
-    sizes = {"weights": element, "gradients": gradient, "optimizer": moments}
+    sizes = {"weights": element, "gradients": gradient, "optimizer": kept}
     return {part: share[part] * sizes[part] for part in PARTS}
 
 
@@ -235,11 +239,12 @@ def training(shape: Shape, setting: Setting, tokens: int) -> dict[str, float]:
     found["exchange"] = models * exchange(shape, setting)
     found["activations"] = activations(shape, setting, tokens)
     found["logits"] = head(shape, setting, tokens)
-    if not setting.fused:
-        found["step"] = 4 * found["optimizer"] / (12 if setting.held.startswith("zero") else 8)
+    kept = setting.moments + (4 if setting.held.startswith("zero") else 0)
+    if not setting.fused and kept:
+        found["step"] = 4 * found["optimizer"] / kept
     if setting.held == "zero1" and half:
         found["gradients"] = models * 2 * shape.parameters
-    return found
+    return {part: setting.wide * size for part, size in found.items()}
 
 
 def frozen_and_trained(shape: Shape, setting: Setting) -> dict[str, float]:
@@ -247,7 +252,7 @@ def frozen_and_trained(shape: Shape, setting: Setting) -> dict[str, float]:
     models = 2 if setting.critic else 1
     half = setting.arithmetic != "float32"
     trained = models * (shape.parameters if setting.adapters is None else setting.adapters)
-    found = states(setting.held, trained, setting.ranks, half)
+    found = states(setting.held, trained, setting.ranks, half, setting.moments)
     if setting.adapters is not None:  # the frozen policy under them
         whole = setting.held not in ("fsdp", "zero3")
         element = 2 if half and setting.held.startswith("zero") else setting.element
@@ -278,9 +283,10 @@ def resting(shape: Shape, setting: Setting) -> float:
     """Bytes that stay while nothing trains: gradients go after each update, but where they live in
     an exchange's buffers."""
     found = frozen_and_trained(shape, setting)
-    stays = setting.ranks > 1 and setting.held in ("ddp", "zero2", "zero3")
-    gradients = found["gradients"] if stays else 0
-    return found["weights"] + found["optimizer"] + gradients + reference(shape, setting)
+    bound = setting.ranks > 1 and setting.held in ("ddp", "zero2", "zero3")
+    gradients = found["gradients"] if bound else 0
+    stays = found["weights"] + found["optimizer"] + gradients + reference(shape, setting)
+    return setting.wide * stays
 
 
 def planning(shape: Shape, setting: Setting, tokens: int) -> float:
@@ -289,7 +295,8 @@ def planning(shape: Shape, setting: Setting, tokens: int) -> float:
     element, stream = ELEMENT[setting.arithmetic], RESIDUAL[setting.arithmetic]
     a_pass = tokens * (4 * element * shape.inner + 4 * stream * shape.width)
     casts = 2 * shape.linear if setting.arithmetic == "autocast" else 0
-    return a_pass + casts + TILES * TILE[setting.device] + 2 * 4 * tokens * shape.width
+    found = a_pass + casts + TILES * TILE[setting.device] + 2 * 4 * tokens * shape.width
+    return setting.wide * found
 
 
 def cached_token(shape: Shape, element: int) -> int:
