@@ -1,12 +1,12 @@
 import torch
 
-from rlzoo.bench._live_tensors import LiveTensors
+from rlzoo.bench._live import Live
 from rlzoo.bench.logprobs import Size, case, memory, plain_scores, seconds, tiled_scores
 
 
 def test_tensors_are_counted_while_they_live():
     before = torch.zeros(1000)
-    with LiveTensors() as live:
+    with Live() as live:
         kept = before + 1  # 4,000 bytes
         view = kept[10:]
         (kept + 1).sum()  # 4,000 and 4 more, freed

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlzoo.bench._live_tensors import LiveTensors
+from rlzoo.bench._live import Live
 from rlzoo.models import logprobs
 from rlzoo.models.gradnorms import head_gradient_norms
 from rlzoo.models.logits import PLAIN, LogitTransform
@@ -73,13 +73,13 @@ def test_neither_logits_nor_their_gradient_stand_whole(monkeypatch):
     monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 100 * 50_000 - 1)
     head, hidden = torch.nn.Linear(8, 50_000), torch.randn(100, 8, requires_grad=True)
     tokens = torch.randint(50_000, (100,))
-    with LiveTensors() as live:
+    with Live() as live:
         scores = token_scores(hidden, head, tokens, 0.9, entropy_gradient=True)
         (scores.logprobs.sum() + scores.entropy.sum()).backward()
     tile, gradient = 4 * TILE_ELEMENTS["cpu"], 4 * head.weight.numel()
     assert live.largest <= tile < 4 * 100 * 50_000
     assert live.peak <= 4 * tile + 2 * gradient
-    with LiveTensors() as live:
+    with Live() as live:
         head_gradient_norms([hidden.detach()], head.weight, [tokens], 0.9, head.bias)
     assert live.largest <= tile and live.peak <= 4 * tile
 
@@ -100,7 +100,7 @@ def test_logits_are_made_again_for_the_heads_gradient_alone(frozen, kept, produc
 def test_a_frozen_head_costs_no_gradient_of_its_own():
     """Under LoRA."""
     head, hidden = torch.nn.Linear(64, 200_000).requires_grad_(False), torch.randn(3, 64)
-    with LiveTensors() as live:
+    with Live() as live:
         scores = token_scores(hidden.requires_grad_(), head, torch.arange(3), 1.0)
         scores.logprobs.sum().backward()
     assert head.weight.grad is None and hidden.grad.any()

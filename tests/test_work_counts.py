@@ -4,20 +4,16 @@ change computes padding again, or passes over the same tokens twice."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+from rlzoo.bench._live import Live
 from rlzoo.bench._random_policies import make_policy
+from rlzoo.bench._slots import slots_counted
 from rlzoo.models.logprobs import response_scores
 from rlzoo.ranks.whereabouts import HERE
 from rlzoo.types import BatchRow, collate
@@ -27,26 +23,13 @@ STEP = ("limits.max_responses=16", "callbacks.doctor=null", "callbacks.validatio
 LAYERS = 4  # of the tiny policy
 
 
-@contextmanager
-def layers_counted() -> Iterator[Counter[str]]:
-    """Tokens that go through a layer of the policy, padding included, and calls, by phase."""
-    counts: Counter[str] = Counter()
-
-    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, Qwen2MLP) and HERE.phases:
-            counts[f"slots/{HERE.phases[-1]}"] += inputs[0][..., 0].numel()
-            counts[f"calls/{HERE.phases[-1]}"] += 1
-
-    handle = register_module_forward_pre_hook(count)
-    try:
-        yield counts
-    finally:
-        handle.remove()
+def phase() -> str:
+    return HERE.phases[-1] if HERE.phases else "between"
 
 
 def step(folder: Path, *overrides: str) -> tuple[Counter[str], list[int], list[int]]:
     """One rollout step: what was counted; prompt and response tokens of each rollout."""
-    with layers_counted() as counts:
+    with slots_counted(phase, Qwen2MLP) as counts:
         warm.passed(folder / "run", *STEP, *overrides)
     table = pyarrow.parquet.read_table(folder / "run/rollouts/step_000000.parquet")
     prompts = [len(ids) for ids in table["prompt_ids"].to_pylist()]
@@ -62,8 +45,8 @@ def test_updates_and_old_log_probs_pass_over_each_real_token_once(plain):
     counts, prompts, responses = plain
     tokens = sum(prompts) + sum(responses)
     assert counts["slots/training"] == counts["slots/scoring"] == LAYERS * tokens
-    assert counts["calls/training"] == LAYERS * 2  # updates, each in one microbatch
-    assert counts["calls/scoring"] == LAYERS
+    assert counts["passes/training"] == LAYERS * 2  # updates, each in one microbatch
+    assert counts["passes/scoring"] == LAYERS
 
 
 def test_gradient_checkpointing_passes_twice_and_no_more(tmp_path):
@@ -74,7 +57,7 @@ def test_gradient_checkpointing_passes_twice_and_no_more(tmp_path):
 def test_small_microbatches_pass_over_each_real_token_once(tmp_path, plain):
     counts, prompts, responses = step(tmp_path, "algo.tokens_per_microbatch=300")
     assert counts["slots/training"] == plain[0]["slots/training"]
-    assert counts["calls/training"] > plain[0]["calls/training"]
+    assert counts["passes/training"] > plain[0]["passes/training"]
 
 
 def test_the_engine_reads_a_prompt_once_and_draws_few_tokens_that_nobody_needs(plain):
@@ -84,24 +67,11 @@ def test_the_engine_reads_a_prompt_once_and_draws_few_tokens_that_nobody_needs(p
     assert counts["slots/sampling/train"] <= 1.3 * LAYERS * needed
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation gives back."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor) and leaf._base is None:
-                self.bytes = max(self.bytes, leaf.numel() * leaf.element_size())
-        return found
-
-
 def test_logits_of_all_tokens_never_stand_in_memory_whole():
     policy = make_policy("1m")
     rows = [BatchRow(range(5), torch.randint(4, 2000, (512,))) for _ in range(8)]
-    with Largest() as largest:
+    with Live() as live:
         scores = response_scores(policy, collate(rows), 1.0)
         scores.logprobs.sum().backward()
     whole = 8 * 512 * policy.config.vocab_size * 4
-    assert largest.bytes < whole / 2
+    assert live.largest < whole / 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -12,41 +12,58 @@ from torch.utils._pytree import tree_leaves
 
 
 class Live(TorchDispatchMode):
-    """While it is on, every storage that an operation makes is counted until it is freed.
+    """Within it, every storage that an operator makes is counted for as long as it lives.
 
     What a kernel takes and gives back within one operation is not seen, nor what a library holds.
+    Works on fake tensors too, which have sizes and no memory.
+
+    Args:
+        found_too: counts what stood there before as well, as soon as an operator gives back it or
+            a view of it: weights that were read from a file.
 
     Attributes:
-        now, peak: bytes, of storages that were seen.
+        now, peak: bytes, of all storages.
+        largest: bytes, of one storage.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, found_too: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # has no types
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def look_at(self, tensors: Iterable[Tensor]) -> None:
-        """Counts the storages of these."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            place, size = id(storage), storage.nbytes()
-            if place not in self._known and size:
-                self._known.add(place)
-                self.now += size
-                weakref.finalize(storage, self._freed, place, size)
-        self.peak = max(self.peak, self.now)
-
-    def _freed(self, place: int, size: int) -> None:
-        self._known.discard(place)
-        self.now -= size
+        self.found_too = found_too
+        self.now = self.peak = self.largest = 0
+        self.known: set[int] = set()  # by the address of what torch keeps for a storage
 
     def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        given = () if self.found_too else tree_leaves((args, kwargs))
+        before = {key(leaf) for leaf in given if isinstance(leaf, Tensor)}
         found = func(*args, **(kwargs or {}))
-        self.look_at(leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor) and key(leaf) not in before | self.known:
+                self.count(leaf)
         return found
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        size, name = storage.nbytes(), key(tensor)
+        self.known.add(name)
+        self.now += size
+        self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
+        weakref.finalize(storage, self.freed, name, size).atexit = False
+
+    def freed(self, name: int, size: int) -> None:
+        self.known.discard(name)
+        self.now -= size
+
+
+def key(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that tensors made by `run` have at once."""
+    live = Live()
+    with live:
+        run()
+    return live.peak

@@ -1,6 +1,6 @@
 """What runs on a GPU alone, tried: a line for each item, with its figures, or what to do.
 
-    make gpu-check                                   # in 20 minutes of one H100
+    make gpu-check                                   # about half an hour of one H100
     python -m rlzoo.bench gpu_check [--only 2,9] [--out FOLDER]
 
 Each item has processes and a time limit of its own, so that what one breaks fails that one alone.

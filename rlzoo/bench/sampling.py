@@ -22,7 +22,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from rlzoo.bench._interleaved import figures, interleaved, ratio
-from rlzoo.bench._live import Live
+from rlzoo.bench._live import peak_bytes
 from rlzoo.bench._random_policies import SHAPES, make_policy
 from rlzoo.engines import drawing
 from rlzoo.engines import transformers as engine_module
@@ -167,16 +167,6 @@ def timed(engine: TransformersEngine) -> Iterator[dict[str, float]]:
         handle.remove()
 
 
-def peak(run: Callable[[], object], model: nn.Module) -> int:
-    """Bytes of tensors that a run of a model makes and holds at once."""
-    live = Live()
-    live.look_at([*model.parameters(), *model.buffers()])
-    before = live.now
-    with live:
-        run()
-    return live.peak - before
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rlzoo.bench sampling",
@@ -205,8 +195,8 @@ def main(argv: list[str]) -> None:
     result = figures("tokens_per_second_ratio", ratio(seconds["generate"], seconds["engine"]))
     result |= {
         "outside_share": round((parts["draw"] + parts["rest"]) / found["all"], 4),
-        "peak_bytes": peak(sides.draw, sides.engine.model),
-        "generate_peak_bytes": peak(sides.generate, sides.model),
+        "peak_bytes": peak_bytes(sides.draw),
+        "generate_peak_bytes": peak_bytes(sides.generate),
         "steps": found["steps"],
         "step_ms": round(1e3 * found["all"] / found["steps"], 2),
     }

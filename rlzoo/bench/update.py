@@ -1,21 +1,25 @@
 """What an update computes beside real tokens, and how often it computes each of them.
 
-    python -m rlzoo.bench update [--responses 8192] [--trained 48] [--seeds 3]
+    python -m rlzoo.bench update [--responses 8192] [--trained 256] [--seeds 3]
 
 Lengths are log-normal: responses of median 688 tokens, cut at 3,072 (a mean of 925, 3% cut), after
 prompts of 150. Slots are what goes through the backbone, paddings and blank rows included.
 
 - *planned*: the microbatches of `--responses` rollouts, as the planner makes them for 1 and for 8
   ranks, in 1 and in 4 updates, of 16,384 tokens each; packed, and padded as a family is that cannot
-  be packed.
-- *trained*: `--trained` of them through a whole rollout step of GRPO on a model of two layers, at 1
-  and at 8 ranks (each in its turn). Hooks on a layer count slots and passes, forward and
-  recomputed ones alike.
+  be packed. Packed ones have no padding by construction: what can be off is a blank row of a rank
+  that has nothing, a rollout that is planned twice or never, and the number of microbatches.
+- *trained*: `--trained` of them through an update of GRPO on a model of two layers, at 1 and at 8
+  ranks (each in its turn), with several microbatches a rank. What goes through its layers is
+  counted: slots, and, apart from them, calls; forward and recomputed ones alike. Lightning has no
+  part in it: `tests/test_work_counts.py` counts whole rollout steps.
 
 The last line is JSON:
-    slots_over_tokens: the worst of all that is packed; bar 1.05;
+    slots_over_tokens: the worst of all that is packed, planned or trained; bar 1.05;
     padded_slots_over_tokens: the worst of what is padded;
-    forward_passes, forward_passes_checkpointed: passes a token in an update; bars 1 and 2;
+    forward_passes, forward_passes_checkpointed: calls of a layer for the microbatch of a token,
+        mean over tokens; bars 1 and 2;
+    trained_microbatches: of a rank, the fewest;
     microbatches_over_fewest: microbatches of a rank over those that its tokens would fill.
 """
 
@@ -23,17 +27,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch.plugins.precision import Precision
-from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from rlzoo.algos import GRPO
+from rlzoo.bench._slots import slots_counted
 from rlzoo.bench._tiny_models import tiny_model
 from rlzoo.errors import check_at_least
 from rlzoo.learning.microbatching import Plan, plan_updates
@@ -114,24 +118,15 @@ def policy(checkpointing: bool) -> PreTrainedModel:
     return made
 
 
-@contextmanager
-def counted(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Slots of each pass through the model's last layer."""
-    (*_, layer) = model.base_model.get_submodule("layers").children()
-    seen: list[int] = []
+class Passes(NamedTuple):
+    """What an update made a layer compute, all ranks together."""
 
-    def count(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        seen.append(arguments[0].shape[0] * arguments[0].shape[1])
-
-    handle = layer.register_forward_pre_hook(count)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    slots: float  # over real tokens, of all passes
+    calls: float  # of a layer, for the microbatch of a token; mean over tokens
+    microbatches: int  # of the rank with the fewest
 
 
-def trained(responses: int, seed: int, ranks: int, checkpointing: bool) -> float:
-    """Slots of all passes of an update's ranks over its real tokens."""
+def trained(responses: int, seed: int, ranks: int, checkpointing: bool) -> Passes:
     algo = GRPO(
         lambda: policy(checkpointing),
         lambda groups: torch.optim.SGD(groups, lr=1e-3),
@@ -143,23 +138,29 @@ def trained(responses: int, seed: int, ranks: int, checkpointing: bool) -> float
     units = algo.training_units(rollouts)
     algo.scores_old = False  # one update: old log-probs come from the training pass
     tokens = sum(rollouts.num_tokens(i) for i in range(len(rollouts)))
-    with counted(algo.policy) as seen:
+    layers, calls, microbatches = algo.policy.config.num_hidden_layers, 0, []
+    with slots_counted(of=Qwen2DecoderLayer) as counts:
         for rank in range(ranks):
             algo.trainer = SimpleNamespace(  # type: ignore[assignment]  # what the step asks for
                 world_size=ranks, global_rank=rank, precision_plugin=Precision()
             )
-            for update in algo.plan_updates(
+            (update,) = algo.plan_updates(
                 rollouts, units, algo.credit(rollouts), rank=rank, world_size=ranks
-            ):
-                for part in update.parts():
-                    algo.training_step(part, 0).backward()
-    return sum(seen) / tokens
+            )
+            microbatches.append(len(update.microbatches))
+            for part in update.parts():
+                before = counts["passes/all"]
+                algo.training_step(part, 0).backward()
+                (batch,) = part.microbatches
+                real = int(batch.prompt_lengths.sum() + batch.response_mask.sum())
+                calls += (counts["passes/all"] - before) * real
+    return Passes(counts["slots/all"] / layers / tokens, calls / layers / tokens, min(microbatches))
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m rlzoo.bench update")
     parser.add_argument("--responses", type=int, default=8192, help="of the planned steps")
-    parser.add_argument("--trained", type=int, default=48, help="responses that are trained on")
+    parser.add_argument("--trained", type=int, default=256, help="responses that are trained on")
     parser.add_argument("--seeds", type=int, default=3, help="draws of lengths")
     args = parser.parse_args(argv)
     for key in ("responses", "trained", "seeds"):
@@ -182,14 +183,16 @@ def main(argv: list[str]) -> None:
         for ranks in RANKS
         for checkpointing in (False, True)
     }
-    for (ranks, checkpointing), slots in passes.items():
-        print(f"trained, ranks {ranks}, gradient checkpointing {checkpointing}: {slots:.4f}")
-    once = max(passes[ranks, False] for ranks in RANKS)
+    print("trained: ranks, gradient checkpointing, slots over tokens, calls, microbatches")
+    for (ranks, checkpointing), (slots, calls, microbatches) in passes.items():
+        print(f"{ranks:>4} {checkpointing!s:>6} {slots:.4f} {calls:.4f} {microbatches}")
+    once = max(passes[ranks, False].slots for ranks in RANKS)
     figures = {
         "slots_over_tokens": max(worst[False]["slots_over_tokens"], once),
         "padded_slots_over_tokens": worst[True]["slots_over_tokens"],
-        "forward_passes": once,
-        "forward_passes_checkpointed": max(passes[ranks, True] for ranks in RANKS),
+        "forward_passes": max(passes[ranks, False].calls for ranks in RANKS),
+        "forward_passes_checkpointed": max(passes[ranks, True].calls for ranks in RANKS),
+        "trained_microbatches": min(made.microbatches for made in passes.values()),
         "microbatches_over_fewest": worst[False]["microbatches_over_fewest"],
     }
     print(json.dumps({name: round(figure, 4) for name, figure in figures.items()}))
