@@ -95,6 +95,24 @@ def test_wide_and_empty_lines_fit_one_hundred_columns_and_align_with_the_header(
         assert full[end - 1] != " " and full[end] == " ", title
 
 
+def test_mfu_has_a_column_once_it_is_known():
+    known = {**FULL, "time/mfu": 0.412, "time/training": 1234.0}
+    line, titles = step_line(known, mfu=True), header(1024, mfu=True)
+    assert line.split()[-7:] == "555 10 51 21m 0.0 123k 41%".split()
+    assert len(line) == len(step_line({}, mfu=True)) == len(titles[0]) == 100
+    named = (("sample", "score", "plan", "MFU"), ("verify", "train", "tok/s"))
+    for row, names in zip(titles, named, strict=True):
+        for title in names:
+            end = row.index(title) + len(title)
+            assert line[end - 1] != " " and (line + " ")[end] == " ", title
+    shown, out = bars(terminal=False)
+    for metrics in (FULL, known, FULL):
+        shown.print_step(metrics)
+    lines = out.getvalue().splitlines()
+    assert "MFU" not in lines[0] and "MFU" in lines[3] and lines[5].endswith("41%")
+    assert lines[6].endswith("123k    -") and len(lines) == 7
+
+
 @pytest.mark.parametrize("value", [0.0, 0.0994, 0.0996, 0.5, 0.9994, 0.9996, 1.0])
 def test_no_share_breaks_the_alignment(value: float):
     shares = ("accept_rate", "val/avg_at_8", "clip_fraction", "truncated", "degenerate_groups")

@@ -24,15 +24,20 @@ from rlzoo.report.columns import AVG, validated_ks
 HEADER_EVERY = 20  # step lines: the header then stays within one screen
 
 # Titles are staggered over two rows, since most are wider than the numbers below them.
-TITLES = """\
-    reward{:>12}           KL        length     degen.  budget sample     score      plan
-step      accept     entropy        clip  mean/max  cut      lo/avg/hi    verify     train     tok/s
-"""
+TITLES = (
+    "    reward{:>12}           KL        length     degen. budget",
+    "step      accept     entropy        clip  mean/max  cut      lo/avg/hi",
+)
+SPEEDS = {  # by whether MFU is known, for which seconds then make room
+    False: ("  sample     score      plan", "    verify     train     tok/s"),
+    True: (" sample   score    plan       MFU", "  verify   train    tok/s"),
+}
 
 
-def header(k: int) -> list[str]:
+def header(k: int, mfu: bool = False) -> list[str]:
     """The two rows of titles of a run that validates with k responses a prompt."""
-    return TITLES.format(f"val avg@{k}").splitlines()
+    rows = (left + right for left, right in zip(TITLES, SPEEDS[mfu], strict=True))
+    return [row.format(f"val avg@{k}") for row in rows]
 
 
 class Bars:
@@ -49,6 +54,7 @@ class Bars:
     def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
         self.enabled = enabled
         self.k = 8  # of avg@k: the run sets its own
+        self.mfu = False  # whether the table has it: from the first row on that does
         self._console = console or Console()
         self._live = enabled and self._console.is_terminal
         self._depth = 0
@@ -99,11 +105,13 @@ class Bars:
         """Prints one rollout step's line (`step_line`), with the header now and then."""
         for k in validated_ks(metrics):
             self.k = k
-        if self._lines % HEADER_EVERY == 0:
-            for line in header(self.k):
+        new = "time/mfu" in metrics and not self.mfu
+        self.mfu = self.mfu or new
+        if self._lines % HEADER_EVERY == 0 or new:
+            for line in header(self.k, self.mfu):
                 self.print_line(line, style="bold")
         self._lines += 1
-        self.print_line(step_line(metrics))
+        self.print_line(step_line(metrics, self.mfu))
 
     def print_line(self, text: str, style: str = "") -> None:
         """Prints text above the bars as it is: no markup, no wrapping, colours only if styled."""
@@ -121,13 +129,17 @@ class _RateColumn(ProgressColumn):
         return Text(f"{rate:,.1f} {unit}/s")
 
 
-def step_line(metrics: Mapping[str, float]) -> str:
+def step_line(metrics: Mapping[str, float], mfu: bool = False) -> str:
     """One rollout step in 100 columns, under `header`; a missing or NaN metric is a dash.
 
     Shares (`accept_rate`, `val/avg_at_K`, `clip_fraction`, `truncated`, `degenerate_groups`) are
     shown in percent, `entropy` and `approx_kl` in nats, lengths in tokens, budgets in responses
     per prompt, the phases in seconds: `sample` and `verify` of the training responses, `plan` with
     all that pilots cost.
+
+    Args:
+        mfu: whether there is a column for it, in percent; seconds then stand without their unit,
+            and from 1,000 on as minutes.
     """
     metrics = {**metrics, **of_any_name(metrics)}
 
@@ -139,6 +151,7 @@ def step_line(metrics: Mapping[str, float]) -> str:
     budgets = (
         f"{show('budget/min', _WHOLE)}/{show('budget/mean', _BUDGET)}/{show('budget/max', _WHOLE)}"
     )
+    seconds, wide = (_short_seconds, 3) if mfu else (_SECONDS, 4)
     cells = [
         (4, show("rollout_step", _WHOLE)),
         (5, show("reward", _reward)),
@@ -151,13 +164,15 @@ def step_line(metrics: Mapping[str, float]) -> str:
         (4, show("truncated", _SHORT_PERCENT)),
         (4, show("degenerate_groups", _SHORT_PERCENT)),
         (9, "-" if budgets == "-/-/-" else budgets),
-        (4, show("sample", _SECONDS)),
-        (4, show("time/verifying/train", _SECONDS)),
-        (4, show("time/scoring", _SECONDS)),
-        (4, show("time/training", _SECONDS)),
-        (4, show("plan", _SECONDS)),
+        (wide, show("sample", seconds)),
+        (wide, show("time/verifying/train", seconds)),
+        (wide, show("time/scoring", seconds)),
+        (wide, show("time/training", seconds)),
+        (wide, show("plan", seconds)),
         (4, show("time/tokens_per_second", _rate)),
     ]
+    if mfu:
+        cells.append((4, show("time/mfu", _SHORT_PERCENT)))
     return " ".join(text.rjust(width) for width, text in cells)
 
 
@@ -185,6 +200,10 @@ _KL = _form(4, 9.99995, 1)
 _PERCENT = _form(1, 0.9995, unit="%", scale=100)
 _SHORT_PERCENT = _form(1, 0.0995, unit="%", scale=100)
 _SECONDS = _form(1, 9.95, unit="s")
+
+
+def _short_seconds(value: float) -> str:
+    return f"{value:.{1 if value < 9.95 else 0}f}" if value < 999.5 else f"{value / 60:.0f}m"
 
 
 def _reward(value: float) -> str:
