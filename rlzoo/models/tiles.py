@@ -18,7 +18,7 @@ from rlzoo.models.logits import PLAIN, LogitTransform
 
 # elements of float32: 8 MiB stay in a CPU's cache, 256 MiB keep a GPU busy
 TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-KEPT_ELEMENTS = 2**26  # of all logits, up to which tiles are kept for the backward walk: 256 MiB
+KEPT_ELEMENTS = 2**28  # of all logits, up to which tiles are kept for the backward walk: 1 GiB
 
 
 class Head(NamedTuple):
