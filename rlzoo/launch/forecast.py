@@ -114,12 +114,11 @@ def fitting_tokens(facts: Facts) -> int:
             keeps = engine.share * facts.total
     room = usable(facts) - keeps
 
-    def needs(tokens: int) -> float:
-        return sum(memory.training(facts.shape, facts.setting, tokens).values())
+    def fits(tokens: int) -> bool:
+        return sum(memory.training(facts.shape, facts.setting, tokens).values()) <= room
 
-    a_token = (needs(STEP) - needs(0)) / STEP
-    fits = math.floor((room - needs(0)) / a_token / STEP) * STEP
-    return max(facts.unit, min(MOST_TOKENS[facts.setting.device], fits))
+    most = range(MOST_TOKENS[facts.setting.device], 0, -STEP)  # logits that are kept make a bump
+    return max(facts.unit, next((tokens for tokens in most if fits(tokens)), STEP))
 
 
 # --- words ----------------------------------------------------------------------------------------
