@@ -1,9 +1,10 @@
 """What an update computes beside real tokens, and how often it computes each of them.
 
-    python -m rlzoo.bench update [--responses 8192] [--trained 256] [--seeds 3]
+    OMP_NUM_THREADS=1 python -m rlzoo.bench update [--responses 8192] [--trained 256] [--seeds 3]
 
 Lengths are log-normal: responses of median 688 tokens, cut at 3,072 (a mean of 925, 3% cut), after
 prompts of 150. Slots are what goes through the backbone, paddings and blank rows included.
+Nothing is timed; one thread, since threads gain nothing on layers of this size.
 
 - *planned*: the microbatches of `--responses` rollouts, as the planner makes them for 1 and for 8
   ranks, in 1 and in 4 updates, of 16,384 tokens each; packed, and padded as a family is that cannot
