@@ -180,33 +180,44 @@ def element_of_norms(arithmetic: Arithmetic) -> int:
 
 def activations(shape: Shape, setting: Setting, tokens: int) -> float:
     """Bytes of a pass over a microbatch, at the most: what the layers keep, or with recomputation
-    the stream between them and one layer's own; what a layer's backward pass makes of it (two
-    gradients of the MLP's inner width, two of the stream); and what stands at the ends. A critic
-    keeps as much again.
+    the stream between them; what one layer's backward pass makes; and what stands at the ends. A
+    critic keeps as much again.
     """
     models = 2 if setting.critic else 1
+    stream = RESIDUAL[setting.arithmetic]
+    kept = stream * shape.width if setting.recompute else kept_by_layer(shape, setting)
+    ends = (3 * 4 + stream) * shape.width  # the last norm's, and the states that predict tokens
+    return tokens * (models * (shape.layers * kept + ends) + made_by_layer(shape, setting))
+
+
+def kept_by_layer(shape: Shape, setting: Setting) -> float:
+    """Bytes a token that a layer keeps, of a policy that is trained in this setting."""
     kind = setting.arithmetic
-    element, stream = ELEMENT[kind], RESIDUAL[kind]
     own = saved_by_layer(shape, kind, joined=setting.device == "cpu")
     if setting.adapters is not None:  # a norm that is not trained keeps nothing of its own result
         own -= 2 * element_of_norms(kind) * shape.width
-    kept, again = models * shape.layers * own, 0.0
-    if setting.recompute:
-        kept, again = models * shape.layers * stream * shape.width, own
-    made = 2 * element * shape.inner + 2 * stream * shape.width
-    ends = (3 * 4 + stream) * shape.width  # the last norm's, and the states that predict tokens
-    return tokens * (kept + again + made + models * ends)
+    return own
+
+
+def made_by_layer(shape: Shape, setting: Setting) -> float:
+    """Bytes a token of one layer's backward pass: two gradients of the MLP's inner width, two of
+    the stream, and what it keeps if it is recomputed."""
+    element, stream = ELEMENT[setting.arithmetic], RESIDUAL[setting.arithmetic]
+    again = kept_by_layer(shape, setting) if setting.recompute else 0.0
+    return again + 2 * element * shape.inner + 2 * stream * shape.width
 
 
 def head(shape: Shape, setting: Setting, tokens: int) -> float:
     """Bytes that log-probs of a microbatch take: tiles of logits, hidden states and their gradient
-    in float32, and the gradient of the head before it is added to the others'."""
+    in float32, and the gradient of the head before it is added to the others'; all logits where
+    they are few, as far as they are more than what layers make once they are gone."""
     element = ELEMENT[setting.arithmetic]
     states_ = tokens * shape.width * (4 + element)
     weight = 2 if setting.arithmetic == "half" else 4
     gradient = 0 if setting.adapters is not None else weight * shape.head
     logits = tokens * shape.vocabulary
-    kept = 4 * logits if logits <= KEPT_ELEMENTS and setting.adapters is None else 0
+    kept = 4.0 * logits if logits <= KEPT_ELEMENTS and setting.adapters is None else 0.0
+    kept = max(0.0, kept - tokens * made_by_layer(shape, setting))  # they are gone by then
     return TILES * TILE[setting.device] + states_ + gradient + kept
 
 
