@@ -122,7 +122,7 @@ def test_a_world_of_another_size_than_the_launchers_is_refused(
     monkeypatch, variables, devices, nodes, words
 ):
     launched(monkeypatch, variables)
-    trainer = {"devices": devices, "num_nodes": nodes, "accumulate_grad_batches": 1}
+    trainer = {"devices": devices, "num_nodes": nodes}
     trainer["accelerator"] = "cpu"
     with pytest.raises(UserError) as caught:
         check_processes(OmegaConf.create(trainer), sweep=False)
@@ -134,7 +134,7 @@ def test_a_world_of_another_size_than_the_launchers_is_refused(
 def test_a_world_of_the_launchers_size_is_accepted(monkeypatch, variables):
     launched(monkeypatch, variables)
     devices = 2 if variables is TORCHRUN else 1
-    trainer = {"devices": devices, "num_nodes": 2 // devices, "accumulate_grad_batches": 1}
+    trainer = {"devices": devices, "num_nodes": 2 // devices}
     check_processes(OmegaConf.create(trainer | {"accelerator": "cpu"}), sweep=False)
 
 

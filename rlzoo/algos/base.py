@@ -523,9 +523,8 @@ class PolicyAlgorithm(lightning.LightningModule):
                 batch.sampler_logprobs[batch.response_mask],
             )
         ended = update.place == 0 and update.ends and place == len(update.microbatches) - 1
-        if (
-            ended and watch.comparable and (lora is None or not lora["dropout"])
-        ):  # dropout moves log-probs by itself
+        noisy = lora is not None and lora["dropout"] > 0  # which moves log-probs by itself
+        if ended and watch.comparable and not noisy:
             watch.check(self)
 
     def total_loss(self, scores: dict[str, Tensor], batch: RolloutBatch) -> LossOutput:

@@ -115,8 +115,12 @@ def waiting(loads: Tensor) -> float:
 
 def update_phase(step: Step, seed: int, ranks: int, budget: int, updates: int) -> dict[str, float]:
     """Slowest over mean, by what is waited for."""
-    packed = loads(step, seed, ranks, budget, updates, padded=False)
-    padded = loads(step, seed, ranks, budget, updates, padded=True)
+    lengths = torch.tensor([int(n) for group in step.lengths for n in group])
+    pairs = zip(step.prompt_tokens, step.budgets, strict=True)
+    prompts = [tokens for tokens, responses in pairs for _ in range(responses)]
+    sizes = [prompt + length for prompt, length in zip(prompts, lengths.tolist(), strict=True)]
+    packed = loads(lengths, sizes, seed, ranks, budget, updates, padded=False)
+    padded = loads(lengths, sizes, seed, ranks, budget, updates, padded=True)
     steps = torch.stack([load.tokens.sum(1) for load in packed], 1)  # [ranks, updates]
     return {
         "update phase": waiting(steps),
@@ -138,14 +142,20 @@ class Loads(NamedTuple):
 
 
 def loads(
-    step: Step, seed: int, ranks: int, budget: int, updates: int, padded: bool
+    lengths: Tensor,
+    sizes: list[int],
+    seed: int,
+    ranks: int,
+    budget: int,
+    updates: int,
+    padded: bool,
 ) -> list[Loads]:
-    """What each rank computes in each optimizer step."""
-    lengths = torch.tensor([int(n) for group in step.lengths for n in group])
-    prompts = [
-        n for n, budget in zip(step.prompt_tokens, step.budgets, strict=True) for _ in range(budget)
-    ]
-    sizes = [prompt + length for prompt, length in zip(prompts, lengths.tolist(), strict=True)]
+    """What each rank computes in each optimizer step.
+
+    Args:
+        lengths: [N] int64 response tokens.
+        sizes: N, with the prompts' tokens.
+    """
     found: list[list[list[tuple[float, ...]]]] = [
         [[] for _ in range(ranks)] for _ in range(updates)
     ]

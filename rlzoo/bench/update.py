@@ -40,8 +40,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from rlzoo.algos import GRPO
 from rlzoo.bench._slots import slots_counted
 from rlzoo.bench._tiny_models import tiny_model
+from rlzoo.bench.balance import loads
 from rlzoo.errors import check_at_least
-from rlzoo.learning.microbatching import Plan, plan_updates
 from rlzoo.models.packed import why_not
 from rlzoo.types import Prompt, Rollouts
 
@@ -62,28 +62,14 @@ def planned(responses: int, seed: int, ranks: int, updates: int, padded: bool) -
     """Slots over tokens of all ranks, and microbatches over the fewest that could be."""
     found = lengths(responses, seed)
     sizes = [PROMPT + n for n in found.tolist()]
-    slots, parts, fewest = 0, 0, 0.0
-    for rank in range(ranks):
-        steps: list[list[Plan]] = plan_updates(
-            [[i] for i in range(responses)],
-            found,
-            sizes,
-            updates=updates,
-            budget=BUDGET,
-            padded=padded,
-            rank=rank,
-            world_size=ranks,
-            aggregation="token_mean",
-            max_length=LIMIT,
-            seed=0,
-            rollout_step=seed,
-        )
-        for plan in (plan for plans in steps for plan in plans):
-            mine = [sizes[i] for i in plan.rollouts] or [2]  # a blank row has two slots
-            slots += len(mine) * max(mine) if padded else sum(mine)
-            parts += 1
-            fewest += sum(mine) / BUDGET
-    return {"slots_over_tokens": slots / sum(sizes), "microbatches_over_fewest": parts / fewest}
+    steps = loads(found, sizes, seed, ranks, BUDGET, updates, padded)
+    blank = 2 * sum(int((load.tokens == 0).sum()) for load in steps)  # slots of rows without tokens
+    computed = sum(float((load.slots if padded else load.tokens).sum()) for load in steps) + blank
+    parts = sum(load.tokens.numel() for load in steps)
+    return {
+        "slots_over_tokens": computed / sum(sizes),
+        "microbatches_over_fewest": parts * BUDGET / (sum(sizes) + blank),
+    }
 
 
 # --- trained --------------------------------------------------------------------------------------

@@ -102,7 +102,10 @@ def in_bins(
     split = [(alike if padded else even)([sizes[i] for i in share], budget) for share in shares]
     count = max(map(len, split))
     if not padded:  # no rank has an empty one, if it has enough to share out
-        split = [balance([sizes[i].tokens for i in share], count) for share in shares]
+        split = [
+            parts if len(parts) == count else balance([sizes[i].tokens for i in share], count)
+            for share, parts in zip(shares, split, strict=True)
+        ]
     found = [
         [[share[i] for i in part] for part in parts]
         for share, parts in zip(shares, split, strict=True)
